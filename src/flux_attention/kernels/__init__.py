@@ -1,0 +1,1 @@
+"""Attention kernels on packed sequences; everything public is in `flux_attention.kernels.api`."""

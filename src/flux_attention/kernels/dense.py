@@ -1,0 +1,94 @@
+"""Dense causal attention over packed sequences: torch SDPA and flash-attn-4 (`flash_attn.cute`) varlen.
+
+Shapes as in `flux_attention.kernels.api`; both implementations are differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_attention.kernels.api import Packing
+
+#: Queries a tile where a mask has to be written out: bounds it to `_TILE * k_len` bools.
+_TILE = 256
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """torch SDPA on `q [B, Hq, n, D]`, `k, v [B, Hk, m, D]`, grouped heads expanded only where a back end needs it."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.is_cuda and mask is not None:
+        # Among the CUDA back ends only the memory-efficient one takes a mask, and it takes no grouped heads.
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1
+    )
+
+
+def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float) -> Tensor:
+    """`api.dense_attention` by torch SDPA, a call per sequence (one for all of them when the lengths agree)."""
+    rows = len(packing)
+    if rows == 0 or packing.max_q == 0:
+        return torch.zeros_like(q)
+    if packing.uniform:
+        # [S * n, H, D] → [S, H, n, D]
+        q4, k4, v4 = (t.view(rows, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        return _causal(q4, k4, v4, scale).transpose(1, 2).reshape(q.shape)
+    pieces = []
+    for s in range(rows):
+        if not packing.q_lens[s]:
+            continue
+        q4 = q[packing.q_offsets[s] : packing.q_offsets[s + 1]].transpose(0, 1)[None]
+        k4, v4 = (t[packing.k_offsets[s] : packing.k_offsets[s + 1]].transpose(0, 1)[None] for t in (k, v))
+        pieces.append(_causal(q4, k4, v4, scale)[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Bottom-right causal attention, `q [B, Hq, n, D]`, `k, v [B, Hk, m, D]`, n <= m."""
+    n, m = q.shape[2], k.shape[2]
+    if n == m:
+        return sdpa(q, k, v, scale=scale, causal=True)
+    if n == 1:
+        return sdpa(q, k, v, scale=scale)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.bias import causal_lower_right
+
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_lower_right(n, m), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    # torch's own causal flag is top-left, so a tile of queries at a time gets a mask of the keys up to its end.
+    pieces = []
+    for a in range(0, n, _TILE):
+        b = min(a + _TILE, n)
+        end = m - n + b
+        mask = torch.ones(b - a, end, dtype=torch.bool, device=q.device).tril_(end - (b - a))
+        pieces.append(sdpa(q[:, :, a:b], k[:, :, :end], v[:, :, :end], scale=scale, mask=mask))
+    return torch.cat(pieces, 2)
+
+
+def dense_flash4(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float) -> Tensor:
+    """`api.dense_attention` by flash-attn-4; one sequence skips the varlen scheduler."""
+    if packing.max_q == 0:
+        return torch.zeros_like(q)
+    if packing.uniform:
+        from flash_attn.cute import flash_attn_func
+
+        q4, k4, v4 = (t.view(len(packing), -1, *t.shape[1:]) for t in (q, k, v))
+        out = flash_attn_func(q4, k4, v4, softmax_scale=scale, causal=True)
+    else:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=packing.cu_q(q.device),
+            cu_seqlens_k=packing.cu_k(q.device),
+            max_seqlen_q=packing.max_q,
+            max_seqlen_k=packing.max_k,
+            softmax_scale=scale,
+            causal=True,
+        )
+    return (out[0] if isinstance(out, tuple) else out).view(q.shape)
