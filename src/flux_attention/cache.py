@@ -1,0 +1,466 @@
+"""Paged KV cache that follows the route.
+
+All routable layers share one `PagePool`. A layer that keeps its whole history (full, triangle, XAttention) holds a
+page per `page_tokens` tokens; a streaming layer holds the sinks and the window and gives every other page back, while
+prefilling and while generating. Cached keys carry their absolute rotary positions and softmax ignores key order, so
+the pages of a streaming row can stand side by side: its page table is *compacted*, and stock paged kernels serve it.
+
+Shapes: `L` routable layers, `B` rows, `page` tokens of a page (= `block_tokens`), `Hk` key/value heads, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from flux_attention.config import FluxConfig
+from flux_attention.route import Route
+
+
+class PoolExhausted(RuntimeError):
+    """The page pool cannot hold a request. Nothing was written; other requests are unharmed."""
+
+
+class PagePool:
+    """Pages of keys and values, shared by every layer and row.
+
+    Args:
+        page_tokens: tokens of a page.
+        num_kv_heads, head_dim, dtype, device: of the keys and values.
+        max_pages: fixed capacity, allocated at once; None grows on demand.
+    """
+
+    def __init__(
+        self,
+        page_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_pages: int | None = None,
+    ) -> None:
+        self.page_tokens = page_tokens
+        self.max_pages = max_pages
+        shape = (max_pages or 0, page_tokens, num_kv_heads, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self._free = list(range(shape[0] - 1, -1, -1))
+
+    @property
+    def num_pages(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, keys and values."""
+        return 2 * self.page_tokens * self.keys.shape[2] * self.keys.shape[3] * self.keys.element_size()
+
+    def require(self, pages: int) -> None:
+        """Make `pages` pages free, or raise `PoolExhausted` with the bytes needed and had."""
+        short = pages - len(self._free)
+        if short <= 0:
+            return
+        if self.max_pages is not None:
+            raise PoolExhausted(
+                f"the KV page pool needs {pages * self.page_bytes:,} bytes ({pages} pages of {self.page_tokens} "
+                f"tokens) and has {len(self._free) * self.page_bytes:,} free of {self.num_pages * self.page_bytes:,}; "
+                "use fewer or shorter prompts, a higher sparsity or a larger pool"
+            )
+        # A quarter beyond the need keeps regrowth rare without doubling what a long prompt holds.
+        old, grown = self.num_pages, self.num_pages + max(short, self.num_pages // 4)
+        for name in ("keys", "values"):
+            tensor = getattr(self, name)
+            bigger = tensor.new_empty(grown, *tensor.shape[1:])
+            bigger[:old] = tensor
+            setattr(self, name, bigger)
+        self._free[:0] = range(grown - 1, old - 1, -1)
+
+    def allocate(self, pages: int) -> list[int]:
+        self.require(pages)
+        return [self._free.pop() for _ in range(pages)]
+
+    def release(self, pages: Sequence[int]) -> None:
+        self._free.extend(reversed(pages))
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a cache holds, in bytes of keys and values over its routable layers.
+
+    Attributes:
+        held: bytes of the pages in use.
+        dense: bytes that a cache keeping every page of every layer would hold.
+        free_pages, total_pages: of the pool.
+    """
+
+    held: int
+    dense: int
+    free_pages: int
+    total_pages: int
+
+    @property
+    def share(self) -> float:
+        return self.held / self.dense if self.dense else 1.0
+
+
+class _RoutedLayer(CacheLayerMixin):
+    """A routable layer's place in the cache, as transformers sees it.
+
+    It stores nothing: the attention function writes to the pages, because only there the route is known. `update`
+    hands the new keys through.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    # No `lazy_initialization` of ours allocates by itself: the pool is shared and sized by the route.
+    supports_early_init = False
+
+    def __init__(self, cache: FluxCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        # An int in current transformers, a position tensor in earlier releases of 5.
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self._cache.seen_tokens + length, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.seen_tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self._cache.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        # transformers reorders layer by layer, and rows here share one table: FluxCache does all layers at once.
+        raise NotImplementedError("reorder the whole FluxCache, not one of its layers")
+
+
+class FluxCache(Cache):
+    """Cache for an attached model; pass it as `past_key_values`, or let the model make one.
+
+    The route of each row is decided at its prefill and stays with the cache: a second turn on the same cache keeps
+    it. To route a longer conversation anew, start from a new cache.
+
+    Args:
+        config: the adapter's configuration (sinks, window, block, modes).
+        routable_layers: the model's layer indices that are routed, in order.
+        num_layers: all attention layers of the model.
+        layer_types: transformers' layer types, for the layers that are not routed.
+        sliding_window: of those sliding layers.
+        pool: pages to live in; None makes one that grows.
+        max_row_tokens: longest row the page tables are made for; None grows them.
+    """
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        routable_layers: Sequence[int],
+        num_layers: int,
+        *,
+        layer_types: Sequence[str] | None = None,
+        sliding_window: int | None = None,
+        pool: PagePool | None = None,
+        max_row_tokens: int | None = None,
+    ) -> None:
+        layers: list[CacheLayerMixin] = []
+        for index in range(num_layers):
+            if index in routable_layers:
+                layers.append(_RoutedLayer(self))
+            elif layer_types is not None and layer_types[index] == "sliding_attention":
+                layers.append(DynamicSlidingWindowLayer(sliding_window=sliding_window))
+            else:
+                layers.append(DynamicLayer())
+        super().__init__(layers=layers)
+        self.flux_config = config
+        self.num_routable = len(routable_layers)
+        self.pool = pool
+        self.page_tokens = config.block_tokens
+        self._max_row_tokens = max_row_tokens
+        self._forget()
+
+    def _forget(self) -> None:
+        self.route: Route | None = None
+        self.seen_tokens = 0
+        """Columns fed so far, padding included: what transformers calls the sequence length."""
+        self.lengths: list[int] = []
+        """Real tokens per row."""
+        self._pages: list[list[list[int]]] = []
+        self._dropped: list[list[int]] = []
+        self.page_table = torch.zeros(0, dtype=torch.int32)
+        """int32 `[L, B, max_pages]` on the pool's device: each layer's compacted page table."""
+        self.key_counts = torch.zeros(0, dtype=torch.int32)
+        """int32 `[L, B]` on the pool's device: keys each layer holds, in the order of its table."""
+
+    # ---------------------------------------------------------------- life of a row
+
+    @property
+    def is_empty(self) -> bool:
+        return self.seen_tokens == 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    def begin(self, rows: int, route: Route, num_kv_heads: int, head_dim: int, like: Tensor) -> None:
+        """Set up `rows` empty rows under `route`; `like` gives dtype and device of the keys."""
+        if not self.is_empty or self.lengths:
+            raise RuntimeError("this cache already holds rows; make a new one or clear() it")
+        if self.pool is None:
+            self.pool = PagePool(self.page_tokens, num_kv_heads, head_dim, like.dtype, like.device)
+        self.set_route(route)
+        self.lengths = [0] * rows
+        self._pages = [[[] for _ in range(rows)] for _ in range(self.num_routable)]
+        self._dropped = [[0] * rows for _ in range(self.num_routable)]
+        width = 1 if self._max_row_tokens is None else -(-self._max_row_tokens // self.page_tokens)
+        device = self.pool.keys.device
+        self.page_table = torch.zeros(self.num_routable, rows, width, dtype=torch.int32, device=device)
+        self.key_counts = torch.zeros(self.num_routable, rows, dtype=torch.int32, device=device)
+
+    def set_route(self, route: Route) -> None:
+        self.route = route
+
+    def drops_keys(self, layer: int, row: int) -> bool:
+        """Whether this layer of this row keeps sinks and window only."""
+        assert self.route is not None
+        return self.flux_config.sparse_mode == "streaming" and not bool(self.route.use_full[layer, row])
+
+    def clear(self) -> None:
+        """Give every page back and forget the rows and their route."""
+        if self.pool is not None:
+            for rows in self._pages:
+                for pages in rows:
+                    self.pool.release(pages)
+        for layer in self.layers:
+            if not isinstance(layer, _RoutedLayer):
+                layer.reset()
+        self._forget()
+
+    reset = clear
+
+    # ---------------------------------------------------------------- what is kept
+
+    def _kept_from(self, length: int) -> int:
+        """First position after the sinks that a streaming row of `length` tokens still needs for its next query."""
+        config = self.flux_config
+        block = config.block_tokens
+        return max(config.sink_tokens, length // block * block - config.window_tokens)
+
+    def gap(self, layer: int, row: int) -> int:
+        """Positions missing between the sinks and the rest of this row's keys."""
+        return self._dropped[layer][row] * self.page_tokens
+
+    def keys_held(self, layer: int, row: int) -> int:
+        return self.lengths[row] - self.gap(layer, row)
+
+    def pages_needed(self, layer: int, row: int, tokens: int) -> int:
+        """Pages this layer of this row holds after `tokens` more tokens."""
+        length = self.lengths[row] + tokens
+        total = -(-length // self.page_tokens)
+        if self.drops_keys(layer, row):
+            total -= (self._kept_from(length) - self.flux_config.sink_tokens) // self.page_tokens
+        return total
+
+    def reserve(self, tokens: Sequence[int]) -> None:
+        """Check, before any work, that `tokens[row]` more tokens fit; raises `PoolExhausted` and changes nothing."""
+        if self.pool is not None and self.pool.max_pages is not None:
+            need = sum(
+                max(0, self.pages_needed(layer, row, n) - len(self._pages[layer][row]))
+                for layer in range(self.num_routable)
+                for row, n in enumerate(tokens)
+            )
+            self.pool.require(need)
+
+    # ---------------------------------------------------------------- prefill
+
+    def gather(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """This row's cached keys and values in table order, `[n, Hk, D]` each."""
+        assert self.pool is not None
+        held = self.keys_held(layer, row)
+        pages = torch.tensor(self._pages[layer][row], dtype=torch.long, device=self.pool.keys.device)
+        keys, values = self.pool.keys[pages], self.pool.values[pages]
+        return keys.flatten(0, 1)[:held], values.flatten(0, 1)[:held]
+
+    def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        """Store a row's next tokens, `[n, Hk, D]`, and drop what the route no longer needs.
+
+        `lengths` moves on in `advance`, after all layers; a layer written twice before that is overwritten.
+        """
+        assert self.pool is not None
+        page, start = self.page_tokens, self.lengths[row]
+        end = start + keys.shape[0]
+        pages = self._pages[layer][row]
+        dropped = self._dropped[layer][row]
+        sinks = self.flux_config.sink_tokens
+        if self.drops_keys(layer, row):
+            kept_from = self._kept_from(end)
+            drop_to = (kept_from - sinks) // page
+            sink_pages = sinks // page
+            if drop_to > dropped:
+                gone = pages[sink_pages : sink_pages + drop_to - dropped]
+                del pages[sink_pages : sink_pages + drop_to - dropped]
+                self.pool.release(gone)
+                self._dropped[layer][row] = dropped = drop_to
+            # Of the new tokens, those between the sinks and the window are never stored.
+            spans = [(start, min(end, sinks)), (max(start, kept_from), end)]
+        else:
+            spans = [(start, end)]
+        total = -(-end // page) - dropped
+        if total > len(pages):
+            pages.extend(self.pool.allocate(total - len(pages)))
+        for first, last in spans:
+            if first >= last:
+                continue
+            slots = self._slots(pages, first, last, sinks, dropped)
+            self.pool.keys.flatten(0, 1)[slots] = keys[first - start : last - start]
+            self.pool.values.flatten(0, 1)[slots] = values[first - start : last - start]
+        self._publish(layer, row, end)
+
+    def _slots(self, pages: list[int], first: int, last: int, sinks: int, dropped: int) -> Tensor:
+        """Flat slots of positions `first … last` (all on one side of the gap)."""
+        assert self.pool is not None
+        device, page = self.pool.keys.device, self.page_tokens
+        shift = dropped * page if first >= sinks else 0
+        ids = torch.tensor(pages, dtype=torch.long, device=device)
+        position = torch.arange(first - shift, last - shift, device=device)
+        return ids[position // page] * page + position % page
+
+    def _publish(self, layer: int, row: int, length: int) -> None:
+        """Bring the device's page table and key count in line with the host's."""
+        pages = self._pages[layer][row]
+        if len(pages) > self.page_table.shape[2]:
+            wider = self.page_table.new_zeros(*self.page_table.shape[:2], len(pages) + len(pages) // 4 + 1)
+            wider[..., : self.page_table.shape[2]] = self.page_table
+            self.page_table = wider
+        self.page_table[layer, row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.key_counts[layer, row] = length - self._dropped[layer][row] * self.page_tokens
+
+    # ---------------------------------------------------------------- decode
+
+    def plan_decode(self) -> None:
+        """Host side of a decode step: every row gets room for one more token, pages that fell out are given back.
+
+        Touches the device only for the rows that begin a page, so most steps cost nothing.
+        """
+        assert self.pool is not None
+        page, sinks = self.page_tokens, self.flux_config.sink_tokens
+        starting = [row for row, length in enumerate(self.lengths) if length % page == 0]
+        if not starting:
+            return
+        self.reserve([1] * self.num_rows)
+        for layer in range(self.num_routable):
+            for row in starting:
+                length, pages = self.lengths[row], self._pages[layer][row]
+                if self.drops_keys(layer, row):
+                    drop_to = (self._kept_from(length) - sinks) // page
+                    first = sinks // page
+                    gone = pages[first : first + drop_to - self._dropped[layer][row]]
+                    del pages[first : first + len(gone)]
+                    self.pool.release(gone)
+                    self._dropped[layer][row] = drop_to
+                if len(pages) * page <= length - self._dropped[layer][row] * page:
+                    pages.extend(self.pool.allocate(1))
+                self._publish(layer, row, length)
+
+    def append_one(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token per row, `[B, Hk, D]`, after `plan_decode`; device work only.
+
+        Returns:
+            this layer's page table `[B, max_pages]` and key counts `[B]`, the new token included.
+        """
+        assert self.pool is not None
+        table, counts = self.page_table[layer], self.key_counts[layer].long()
+        slots = table.gather(1, (counts // self.page_tokens)[:, None])[:, 0].long()
+        slots = slots * self.page_tokens + counts % self.page_tokens
+        self.pool.keys.flatten(0, 1)[slots] = keys
+        self.pool.values.flatten(0, 1)[slots] = values
+        return table, self.key_counts[layer] + 1
+
+    def advance(self, columns: int, tokens: Sequence[int], *, decoded: bool) -> None:
+        """All layers have stored `tokens[row]` tokens out of `columns` columns."""
+        self.seen_tokens += columns
+        self.lengths = [length + n for length, n in zip(self.lengths, tokens, strict=True)]
+        if decoded:
+            self.key_counts += 1
+
+    # ---------------------------------------------------------------- what transformers asks for
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become the rows `beam_idx` of before; a row chosen twice gets pages of its own."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        source = [int(i) for i in indices.tolist()]
+        for layer in self.layers:
+            if not isinstance(layer, _RoutedLayer):
+                layer.batch_select_indices(indices) if hasattr(layer, "batch_select_indices") else None
+        if self.pool is None or self.route is None:
+            return
+        copies = sum(len(rows[s]) for rows in self._pages for i, s in enumerate(source) if s in source[:i])
+        self.pool.require(copies)
+        lengths = [self.lengths[s] for s in source]
+        for rows, dropped in zip(self._pages, self._dropped, strict=True):
+            taken: set[int] = set()
+            new_rows: list[list[int]] = []
+            for s in source:
+                if s in taken:
+                    copy = self.pool.allocate(len(rows[s]))
+                    self.pool.keys[copy] = self.pool.keys[rows[s]]
+                    self.pool.values[copy] = self.pool.values[rows[s]]
+                    new_rows.append(copy)
+                else:
+                    taken.add(s)
+                    new_rows.append(rows[s])
+            for s, pages in enumerate(rows):
+                if s not in taken:
+                    self.pool.release(pages)
+            rows[:] = new_rows
+            dropped[:] = [dropped[s] for s in source]
+        self.lengths = lengths
+        self.route = self.route.select(source)
+        shape = (self.num_routable, len(source), self.page_table.shape[2])
+        self.page_table = self.page_table.new_zeros(shape)
+        self.key_counts = self.key_counts.new_zeros(shape[:2])
+        for layer_index in range(self.num_routable):
+            for row, length in enumerate(lengths):
+                self._publish(layer_index, row, length)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "FluxCache cannot be cropped: sparse layers have given the pages before the window back. Assisted "
+            "decoding needs a croppable cache; detach() the model for it."
+        )
+
+    # ---------------------------------------------------------------- report
+
+    def memory(self) -> MemoryReport:
+        """Bytes held by the routable layers, against a dense cache in the same pages."""
+        if self.pool is None:
+            return MemoryReport(0, 0, 0, 0)
+        held = sum(len(pages) for rows in self._pages for pages in rows)
+        dense = self.num_routable * sum(-(-length // self.page_tokens) for length in self.lengths)
+        return MemoryReport(
+            held * self.pool.page_bytes, dense * self.pool.page_bytes, self.pool.free_pages, self.pool.num_pages
+        )

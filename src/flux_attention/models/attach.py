@@ -1,0 +1,799 @@
+"""Attach routed attention to an unmodified transformers model, and take it off again.
+
+`attach` changes three things and `detach` restores them: the name of the attention implementation in the model's
+config, one forward hook pair on the decoder and one forward hook per routable attention module. No weight and no
+method is touched.
+
+A forward pass runs under a `Step`, made before the decoder runs and dropped after it: where the sequences are (padding
+and packing), the cache, and the route. Everything the attention function needs is in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from flux_attention.cache import FluxCache, PagePool
+from flux_attention.config import FluxConfig
+from flux_attention.kernels.api import Packing, paged_decode
+from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
+from flux_attention.models.families import family_of
+from flux_attention.modes import Mode, make_mode
+from flux_attention.route import Dial, Policy, PolicyContext, Route
+from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
+
+ATTENTION_NAME = "flux_attention"
+
+
+# ---------------------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the real tokens of a `[B, T]` batch are: one entry per sequence.
+
+    Attributes:
+        batch, columns: `B`, `T`.
+        rows, starts, counts: row, first column and number of new tokens of each sequence.
+        past: tokens of each sequence already in the cache.
+    """
+
+    batch: int
+    columns: int
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    past: tuple[int, ...]
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the flat token axis holds the sequences back to back, nothing else."""
+        return sum(self.counts) == self.batch * self.columns
+
+    @cached_property
+    def flat_starts(self) -> tuple[int, ...]:
+        """First token of each sequence on the flat axis `[B·T]`."""
+        return tuple(r * self.columns + s for r, s in zip(self.rows, self.starts, strict=True))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(p + n for p, n in zip(self.past, self.counts, strict=True))
+
+    @cached_property
+    def is_decode(self) -> bool:
+        return self.columns == 1 and all(p > 0 for p in self.past)
+
+    def token_index(self, device: torch.device) -> Tensor:
+        """Flat index of every real token, sequence by sequence, int64 `[N]`."""
+        ranges = [torch.arange(s, s + n) for s, n in zip(self.flat_starts, self.counts, strict=True)]
+        return torch.cat(ranges).to(device)
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        columns: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: FluxCache | None,
+    ) -> Layout:
+        """Read the layout from what transformers passes; raises ValueError on a mask that leaves holes."""
+        past = [0] * batch if cache is None or cache.is_empty else cache.lengths
+        if len(past) != batch:
+            raise ValueError(f"the cache holds {len(past)} rows, the batch has {batch}")
+        if attention_mask is None and position_ids is not None and cache is None and position_ids.shape[1] == columns:
+            packed = cls._packed(batch, position_ids)
+            if packed is not None:
+                return packed
+        if attention_mask is None:
+            return cls(batch, columns, tuple(range(batch)), (0,) * batch, (columns,) * batch, tuple(past))
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"routed attention takes a 2D attention mask [batch, tokens], got {tuple(attention_mask.shape)}"
+            )
+        seen = 0 if cache is None else cache.seen_tokens
+        if tuple(attention_mask.shape) != (batch, seen + columns):
+            raise ValueError(
+                f"attention_mask must be [{batch}, {seen + columns}] ({seen} tokens in the cache + {columns} new), "
+                f"got {list(attention_mask.shape)}"
+            )
+        new = attention_mask[:, seen:].to("cpu", torch.bool)
+        counts = new.sum(1)
+        starts = new.int().argmax(1)
+        column = torch.arange(columns)
+        solid = (column >= starts[:, None]) & (column < (starts + counts)[:, None])
+        if not torch.equal(new, solid):
+            row = int((new != solid).any(1).nonzero()[0])
+            raise ValueError(f"attention_mask has holes in row {row}; only left or right padding is supported")
+        if cache is not None and any(int(n) == 0 for n in counts):
+            raise ValueError("attention_mask leaves a row without a new token")
+        if any(int(n) + p == 0 for n, p in zip(counts, past, strict=True)):
+            raise ValueError("the prompt is empty: attention_mask leaves a row without tokens")
+        return cls(
+            batch, columns, tuple(range(batch)), tuple(starts.tolist()), tuple(counts.tolist()), tuple(past)
+        )
+
+    @classmethod
+    def _packed(cls, batch: int, position_ids: Tensor) -> Layout | None:
+        """Several sequences per row, where positions begin again; None when nothing is packed."""
+        positions = position_ids.expand(batch, -1).cpu()
+        begins = torch.ones_like(positions, dtype=torch.bool)
+        begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        if bool(begins[:, 1:].any()):
+            flat = begins.flatten().nonzero()[:, 0].tolist()
+            columns = positions.shape[1]
+            ends = [*flat[1:], batch * columns]
+            return cls(
+                batch,
+                columns,
+                tuple(f // columns for f in flat),
+                tuple(f % columns for f in flat),
+                tuple(e - f for f, e in zip(flat, ends, strict=True)),
+                (0,) * len(flat),
+            )
+        return None
+
+
+@dataclass
+class Step:
+    """State of one forward pass of the decoder."""
+
+    layout: Layout
+    cache: FluxCache | None
+    route: Route | None = None
+    """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
+    gates: Tensor | None = None
+    """Training: differentiable z `[L, S]`, 1 = full; both sides run and are blended."""
+    soft: SoftRouting | None = None
+    inline: bool = False
+    keep_short_full: tuple[bool, ...] = ()
+    prompt_ends: tuple[int, ...] = ()
+    pool_plan: PoolPlan | None = None
+    pooled: list[Tensor | None] = field(default_factory=list)
+    collect: bool = False
+    decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
+    index: Tensor | None = None
+    packings: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SoftRouting:
+    """Gates of training passes: give it to `FluxAttention.soft_routing`, read `gates` after a forward pass.
+
+    Attributes:
+        temperature: τ of the Gumbel-softmax.
+        noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
+        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage); may require grad.
+        logits: the router's logits of the last pass, `[L, S, 2]`.
+        gates: z of the last pass, `[L, S]`, differentiable.
+    """
+
+    temperature: float = 1.0
+    noise: bool = True
+    generator: torch.Generator | None = None
+    forced: Tensor | None = None
+    logits: Tensor | None = None
+    gates: Tensor | None = None
+    pooled: Tensor | None = None
+    _noise: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- controller
+
+
+class FluxAttention:
+    """Routed attention on one model. Made by `attach`, ended by `detach`.
+
+    Attributes:
+        model: the attached transformers model.
+        config: the adapter's configuration, its backbone filled in.
+        router: the `LayerRouter`, float32, on the model's device.
+        policy: what makes a request's route; None = the router.
+        dial: range that a routed request's sparsity is held in.
+        impl: kernel implementation of prefill attention, "auto" or a name of `kernels.api`.
+        last_route: route of the last prefill.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FluxConfig, router: LayerRouter) -> None:
+        self.model = model
+        self.decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.family = family_of(self.decoder.config.model_type)
+        self.config = config
+        assert config.backbone is not None
+        self.layers = config.backbone.routable_layers
+        self.router = router
+        self.policy: Policy | None = None
+        self.dial = Dial()
+        self.impl = "auto"
+        self.decode_impl = "auto"
+        self.last_route: Route | None = None
+        self.full_mode: Mode = make_mode(config.retrieval_mode, config)
+        self.sparse_mode: Mode = make_mode(config.sparse_mode, config)
+        self._step: Step | None = None
+        self._soft: SoftRouting | None = None
+        self._prompt_tokens: Sequence[int] | None = None
+        self._handles: list[Any] = []
+        self._modules: list[nn.Module] = []
+        self._implementation: str = model.config._attn_implementation or "sdpa"
+        self._parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
+
+    # ------------------------------------------------------------------ attach and detach
+
+    def _install(self) -> None:
+        # Registering is idempotent and does nothing for models that do not name this implementation.
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
+        for index, layer in enumerate(self.decoder.layers):  # type: ignore[arg-type]
+            module = getattr(layer, self.family.attention)
+            routable = self.layers.index(index) if index in self.layers else None
+            module._flux_attention = (self, routable)
+            self._modules.append(module)
+            if routable is not None:
+                hook = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+                self._handles.append(hook)
+        self._handles.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        self._handles.append(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
+        self.decoder.config._attn_implementation = ATTENTION_NAME
+        self.decoder._flux_config = self.config
+        self.model._flux_attention_controller = self
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            del module._flux_attention
+        self._handles, self._modules = [], []
+        self.decoder.config._attn_implementation = self._implementation
+        del self.decoder._flux_config
+        del self.model._flux_attention_controller
+
+    # ------------------------------------------------------------------ what users call
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    def new_cache(self, *, pool: PagePool | None = None, max_row_tokens: int | None = None) -> FluxCache:
+        """An empty cache for this model."""
+        config = self.decoder.config
+        return FluxCache(
+            self.config,
+            self.layers,
+            config.num_hidden_layers,
+            layer_types=_layer_types(config),
+            sliding_window=getattr(config, "sliding_window", None),
+            pool=pool,
+            max_row_tokens=max_row_tokens,
+        )
+
+    @contextmanager
+    def using(self, policy: Policy | None = None, dial: Dial | None = None) -> Iterator[FluxAttention]:
+        """Another policy (None = the router) and dial, for the requests that start inside the block."""
+        before = self.policy, self.dial
+        self.policy, self.dial = policy, dial or Dial()
+        try:
+            yield self
+        finally:
+            self.policy, self.dial = before
+
+    @contextmanager
+    def prompt_lengths(self, tokens: Sequence[int]) -> Iterator[None]:
+        """Say how long the prompts are that the passes inside the block prefill in chunks.
+
+        Triangle's dense queries are the *prompt's* last; without this, each pass counts as a whole prompt.
+        """
+        before, self._prompt_tokens = self._prompt_tokens, tokens
+        try:
+            yield
+        finally:
+            self._prompt_tokens = before
+
+    @contextmanager
+    def soft_routing(self, soft: SoftRouting) -> Iterator[SoftRouting]:
+        """Training passes: both sides of every layer run, blended by differentiable gates. Needs `use_cache=False`."""
+        before, self._soft = self._soft, soft
+        try:
+            yield soft
+        finally:
+            self._soft = before
+
+    @torch.no_grad()
+    def route(self, prompts: Sequence[Tensor]) -> Route:
+        """Routes of prompts (int64 `[n]` each) by the current policy and dial, without prefilling them.
+
+        Raises ValueError with an inline router, which needs the prefill itself.
+        """
+        prompts = [prompt.reshape(-1) for prompt in prompts]
+        for i, prompt in enumerate(prompts):
+            if prompt.numel() == 0:
+                raise ValueError(f"prompt {i} is empty")
+        context = PolicyContext(len(self.layers), tuple(p.cpu() for p in prompts))
+        if self.policy is not None:
+            return self.policy(context)
+        if self.config.router_input == "inline":
+            raise ValueError(
+                'this adapter routes inline, while prefilling; run the model, or set router_input="probe" to route '
+                "from the prompt's two ends alone"
+            )
+        routed = [p.numel() > self.config.min_routed_tokens for p in prompts]
+        full = Route.full(len(self.layers), len(prompts))
+        if not any(routed):
+            return full
+        # Only prompts that can gain are probed, but every sequence keeps its column.
+        probed = self.probe([p for p, r in zip(prompts, routed, strict=True) if r])
+        found = Route.from_scores(self.router.p_full(probed)).with_dial(self.dial)
+        order = torch.tensor([r for r in routed], dtype=torch.long).cumsum(0).sub(1).clamp_min(0)
+        return found.select(order).where(routed, full)
+
+    @torch.no_grad()
+    def probe(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`.
+
+        The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
+        the cost does not grow with the prompt, and the route is known before prefill starts.
+        """
+        device, pool = self.device, self.config.pool_tokens
+        ends = [torch.cat((p[:pool], p[max(pool, p.numel() - pool) :])).to(device) for p in prompts]
+        ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
+        lengths = [e.numel() for e in ends]
+        layout = Layout(
+            len(ends), ids.shape[1], tuple(range(len(ends))), (0,) * len(ends), tuple(lengths), (0,) * len(ends)
+        )
+        step = Step(layout, None, Route.full(len(self.layers), len(ends)), collect=True)
+        # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
+        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, pool, device=device)
+        step.pooled = [None] * len(self.layers)
+        step.prompt_ends = layout.ends
+        outer, self._step = self._step, step
+        try:
+            self.decoder(input_ids=ids, use_cache=False)
+        finally:
+            self._step = outer
+        return torch.stack([p for p in step.pooled if p is not None])
+
+    # ------------------------------------------------------------------ hooks
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._step is not None and self._step.collect:
+            return None
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if inputs is None:
+            return None  # the model's own error is the better one
+        batch, columns = inputs.shape[:2]
+        if columns == 0:
+            raise ValueError("the prompt is empty (0 tokens)")
+        cache = self._take_cache(kwargs)
+        layout = Layout.of(batch, columns, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
+        longest = max(layout.ends)
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(f"{longest} tokens exceed the model's context of {limit}")
+        self._check_padding(kwargs, layout, cache)
+        step = Step(layout, cache)
+        if self._prompt_tokens is not None:
+            step.prompt_ends = tuple(self._prompt_tokens)
+        else:
+            step.prompt_ends = layout.ends
+        self._decide(step, kwargs)
+        if cache is not None:
+            if cache.is_empty:
+                backbone = self.config.backbone
+                assert backbone is not None
+                like = next(self.decoder.parameters())
+                like = like if inputs.dtype in (torch.int64, torch.int32) else inputs
+                route = step.route or Route.full(len(self.layers), batch)
+                cache.begin(batch, route, backbone.num_key_value_heads, backbone.head_dim, like)
+            if not layout.is_decode:
+                cache.reserve(layout.counts)
+        # Set last: a refused request must leave no step behind.
+        self._step = step
+        if cache is not None and layout.is_decode:
+            cache.plan_decode()
+        return (), kwargs
+
+    def _take_cache(self, kwargs: dict[str, Any]) -> FluxCache | None:
+        """The FluxCache of this call, put in the place of the empty cache that transformers made."""
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.decoder.training
+            kwargs["use_cache"] = use_cache
+        if self._soft is not None:
+            if cache is not None:
+                raise ValueError("training passes blend both sides of every layer and keep no cache: use_cache=False")
+            kwargs["use_cache"] = False
+            return None
+        if isinstance(cache, FluxCache):
+            return cache
+        if cache is None and not use_cache:
+            return None
+        if cache is not None and not (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0):
+            state = "holds tokens" if isinstance(cache, DynamicCache) else "is of a fixed layout"
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} that {state}; an attached model keeps its keys in a "
+                "FluxCache. Pass none, or the FluxCache of an earlier call, and no cache_implementation"
+            )
+        cache = self.new_cache()
+        kwargs["past_key_values"] = cache
+        return cache
+
+    def _check_padding(self, kwargs: dict[str, Any], layout: Layout, cache: FluxCache | None) -> None:
+        """Pad tokens without a mask would be routed and attended to as text."""
+        ids = kwargs.get("input_ids")
+        pad = getattr(self.decoder.config, "pad_token_id", None)
+        if kwargs.get("attention_mask") is not None or ids is None or pad is None or layout.batch == 1:
+            return
+        if cache is not None and not cache.is_empty:
+            return
+        ends = torch.cat((ids[:, 0], ids[:, -1]))
+        if bool((ends == pad).any()):
+            raise ValueError(
+                f"the batch begins or ends with the padding token {pad} and has no attention_mask; pass the "
+                "tokenizer's attention_mask"
+            )
+
+    def _decide(self, step: Step, kwargs: dict[str, Any]) -> None:
+        """Give the step its route, or arrange for the layers to find it."""
+        layers, layout = len(self.layers), step.layout
+        sequences = len(layout.counts)
+        if self._soft is not None:
+            self._decide_soft(step, kwargs)
+            return
+        if step.cache is not None and not step.cache.is_empty:
+            step.route = step.cache.route
+            return
+        if self.policy is None and self.config.router_input == "inline":
+            short = [n <= self.config.min_routed_tokens for n in self._prompt_counts(layout)]
+            if all(short):
+                step.route = Route.full(layers, sequences)
+            else:
+                if not self.dial.is_open:
+                    raise ValueError("a sparsity dial ranks all layers, so it needs a router_input of \"probe\"")
+                step.inline = True
+                step.keep_short_full = tuple(short)
+                step.decisions = [None] * layers
+                step.pool_plan = self._plan(layout)
+                step.route = Route.full(layers, sequences)
+        else:
+            step.route = self.route(self._prompts(layout, kwargs))
+        self.last_route = step.route
+
+    def _decide_soft(self, step: Step, kwargs: dict[str, Any]) -> None:
+        soft, layers, sequences = self._soft, len(self.layers), len(step.layout.counts)
+        assert soft is not None
+        step.soft = soft
+        if soft.forced is not None:
+            if tuple(soft.forced.shape) != (layers, sequences):
+                raise ValueError(f"forced gates must be [{layers}, {sequences}], got {list(soft.forced.shape)}")
+            step.gates = soft.gates = soft.forced
+            return
+        shape = (layers, sequences, 2)
+        soft._noise = gumbel_noise(shape, self.device, soft.generator) if soft.noise else None
+        if self.config.router_input == "probe":
+            soft.pooled = self.probe(self._prompts(step.layout, kwargs))
+            soft.logits = self.router(soft.pooled)
+            step.gates = soft.gates = straight_through_gate(soft.logits, soft.temperature, soft._noise)
+        else:
+            step.inline = True
+            step.pool_plan = self._plan(step.layout)
+            step.pooled = [None] * layers
+            step.decisions = [None] * layers
+            soft.gates = soft.logits = None
+
+    def _plan(self, layout: Layout) -> PoolPlan:
+        # In training the answer follows the prompt in the same row; only the prompt is pooled.
+        lengths = self._prompt_counts(layout)
+        return PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
+
+    def _prompt_counts(self, layout: Layout) -> tuple[int, ...]:
+        if self._prompt_tokens is None:
+            return layout.counts
+        if len(self._prompt_tokens) != len(layout.counts):
+            raise ValueError(f"{len(self._prompt_tokens)} prompt lengths for {len(layout.counts)} sequences")
+        return tuple(min(n, int(p)) for n, p in zip(layout.counts, self._prompt_tokens, strict=True))
+
+    def _prompts(self, layout: Layout, kwargs: dict[str, Any]) -> list[Tensor]:
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError("routing before prefill reads the prompt's token ids: pass input_ids, not inputs_embeds")
+        flat = ids.flatten()
+        counts = self._prompt_counts(layout)
+        return [flat[s : s + n] for s, n in zip(layout.flat_starts, counts, strict=True)]
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step = self._step
+        if step is None or not (step.collect or step.inline):
+            return
+        assert step.pool_plan is not None
+        _, layer = module._flux_attention  # type: ignore[misc]
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time, and the
+        # decision is on its way to the host before the layer's own projections are queued.
+        pooled = step.pool_plan.mean(self.family.queries(module, step.pool_plan.gather(hidden.flatten(0, 1))))
+        if step.collect:
+            step.pooled[layer] = pooled
+        elif step.soft is not None:
+            logits = self.router(pooled.detach(), layer)
+            noise = None if step.soft._noise is None else step.soft._noise[layer]
+            step.pooled[layer] = pooled.detach()
+            step.decisions[layer] = (logits, None)
+            step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
+        else:
+            p_full = self.router.p_full(pooled.detach(), layer)
+            event = None
+            if p_full.is_cuda:
+                host = torch.empty(p_full.shape, dtype=p_full.dtype, pin_memory=True)
+                host.copy_(p_full, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                p_full = host
+            step.decisions[layer] = (p_full, event)
+
+    def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        step = self._step
+        if step is None or step.collect:
+            return
+        # Gradient checkpointing runs the layers again during backward, so a training step stays until the next one.
+        if step.soft is None:
+            self._step = None
+        elif output is not None and step.inline and torch.is_grad_enabled():
+            step.soft.logits = torch.stack([d[0] for d in step.decisions if d is not None])
+            step.soft.gates = torch.stack([step.packings[("gate", i)] for i in range(len(self.layers))])
+            step.soft.pooled = torch.stack([p for p in step.pooled if p is not None])
+        if output is None:
+            # The pass failed half way: some layers have stored its tokens and some have not.
+            if step.cache is not None and not step.layout.is_decode:
+                step.cache.clear()
+            return
+        if step.inline and step.soft is None:
+            self.last_route = step.route
+        if step.cache is not None:
+            if step.inline:
+                step.cache.set_route(step.route or Route.full(0, 0))
+            step.cache.advance(step.layout.columns, step.layout.counts, decoded=step.layout.is_decode)
+
+    # ------------------------------------------------------------------ attention
+
+    def _inline_route(self, step: Step, layer: int) -> None:
+        """Wait for this layer's decision and write it into the step's route."""
+        decision = step.decisions[layer]
+        assert decision is not None and step.route is not None
+        p_full, event = decision
+        if event is not None:
+            event.synchronize()
+        short = torch.tensor(step.keep_short_full)
+        if step.route.p_full is None:
+            step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
+            if step.cache is not None:
+                step.cache.set_route(step.route)
+        assert step.route.p_full is not None
+        step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full.detach().cpu())
+        step.route.use_full[layer] = step.route.p_full[layer] > 0.5
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """One routable layer: `query [B, Hq, T, D]`, `key, value [B, Hk, T, D]` → `[B, T, Hq, D]`."""
+        step = self._step
+        if step is None:
+            raise RuntimeError("an attached attention layer ran outside of its decoder; call the model itself")
+        batch, heads, columns, dim = query.shape
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if step.layout.is_decode and step.cache is not None:
+            assert step.cache.pool is not None
+            table, counts = step.cache.append_one(layer, k[:, 0], v[:, 0])
+            pool = step.cache.pool
+            out = paged_decode(q[:, 0], pool.keys, pool.values, table, counts, scale=scale, impl=self.decode_impl)
+            return out[:, None]
+        if step.inline and step.soft is None:
+            self._inline_route(step, layer)
+        q, k, v = (x.reshape(batch * columns, -1, dim) for x in (q, k, v))
+        if not step.layout.is_plain:
+            if step.index is None:
+                step.index = step.layout.token_index(query.device)
+            q, k, v = (x[step.index] for x in (q, k, v))
+        out = self._blend(step, layer, q, k, v, scale) if step.soft else self._routed(step, layer, q, k, v, scale)
+        if not step.layout.is_plain:
+            assert step.index is not None
+            # Padding gets zeros: it must carry nothing into the layers above, NaN least of all.
+            out = out.new_zeros(batch * columns, heads, dim).index_copy(0, step.index, out)
+        return out.view(batch, columns, heads, dim)
+
+    def _blend(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """z·full + (1 − z)·sparse, the training form."""
+        layout = step.layout
+        packing = step.packings.setdefault("whole", Packing(layout.counts, layout.counts))
+        ends = step.prompt_ends if len(step.prompt_ends) == len(layout.counts) else layout.ends
+        gate = step.gates[layer] if step.gates is not None else step.packings[("gate", layer)]
+        counts = torch.tensor(layout.counts, device=gate.device)
+        gate = gate.repeat_interleave(counts, output_size=q.shape[0]).to(q.dtype)[:, None, None]
+        full = self.full_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
+        sparse = self.sparse_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
+        return gate * full + (1 - gate) * sparse
+
+    def _routed(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Each sequence on its own side; sequences of one side share a launch."""
+        layout, cache = step.layout, step.cache
+        assert step.route is not None
+        use_full = step.route.use_full[layer].tolist()
+        sides = ((self.full_mode, [s for s, f in enumerate(use_full) if f]),)
+        sides += ((self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),)
+        out: Tensor | None = None
+        for mode, members in sides:
+            if not members:
+                continue
+            rows = _Rows(layout, members)
+            side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
+            side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
+            ends = tuple(step.prompt_ends[s] for s in members)
+            side = mode.prefill(side_q, side_k, side_v, packing, ends, scale=scale, impl=self.impl)
+            if len(members) == len(use_full):
+                out = side
+            else:
+                out = torch.empty_like(q) if out is None else out
+                rows.put(out, side)
+        assert out is not None
+        if cache is not None:
+            start = 0
+            for s, n in enumerate(layout.counts):
+                cache.append(layer, layout.rows[s], k[start : start + n], v[start : start + n])
+                start += n
+        return out
+
+    def _with_past(
+        self, cache: FluxCache | None, layer: int, layout: Layout, members: list[int], k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Packing]:
+        """Put each sequence's cached keys before its new ones."""
+        counts = [layout.counts[s] for s in members]
+        if cache is None or not any(layout.past[s] for s in members):
+            return k, v, Packing(tuple(counts), tuple(counts))
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        k_lens, gaps, start = [], [], 0
+        for s, n in zip(members, counts, strict=True):
+            row = layout.rows[s]
+            old_k, old_v = cache.gather(layer, row)
+            keys += [old_k, k[start : start + n]]
+            values += [old_v, v[start : start + n]]
+            k_lens.append(old_k.shape[0] + n)
+            gaps.append(cache.gap(layer, row))
+            start += n
+        return torch.cat(keys), torch.cat(values), Packing(tuple(counts), tuple(k_lens), tuple(gaps))
+
+
+class _Rows:
+    """Some of the packed sequences, as one packed tensor of their own."""
+
+    def __init__(self, layout: Layout, members: list[int]) -> None:
+        self._whole = len(members) == len(layout.counts)
+        offsets = [0]
+        for n in layout.counts:
+            offsets.append(offsets[-1] + n)
+        self._spans = [(offsets[s], offsets[s + 1]) for s in members]
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self._whole else torch.cat([x[a:b] for a, b in self._spans])
+
+    def put(self, out: Tensor, part: Tensor) -> None:
+        start = 0
+        for a, b in self._spans:
+            out[a:b] = part[start : start + b - a]
+            start += b - a
+
+
+# ---------------------------------------------------------------------------------------------------- transformers
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls for an attached model."""
+    controller, layer = module._flux_attention  # type: ignore[misc]
+    if layer is None:
+        original = ALL_ATTENTION_FUNCTIONS[_sliding_implementation(controller._implementation)]
+        return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout:
+        raise ValueError(f"routed attention has no dropout, got {dropout}; the backbone is frozen: use model.eval()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return controller.attend(layer, query, key, value, scale), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Masks for the layers that are not routed; routable layers know their sequences from the step."""
+    # Only sliding layers ask with a local size; a global mask over a long prompt must never be materialised.
+    if kwargs.get("local_size") is None:
+        return None
+    kwargs.pop("config", None)
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+def _sliding_implementation(original: str) -> str:
+    return "sdpa" if original == "eager" else original
+
+
+def _layer_types(config: Any) -> Sequence[str] | None:
+    return getattr(config, "layer_types", None)
+
+
+def routable_layers(config: Any) -> tuple[int, ...]:
+    """Indices of the layers with full attention, which are the ones that can be routed."""
+    types = _layer_types(config)
+    if types is None:
+        if getattr(config, "sliding_window", None):
+            raise ValueError(
+                f"every layer of this {config.model_type} model slides over {config.sliding_window} tokens: there "
+                "is no full attention to route"
+            )
+        return tuple(range(config.num_hidden_layers))
+    layers = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    if not layers:
+        raise ValueError(f"this {config.model_type} model has no full-attention layer to route")
+    return layers
+
+
+def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | None = None) -> FluxAttention:
+    """Route the attention of `model`, in place and reversibly.
+
+    Args:
+        model: an unmodified transformers causal LM of a known family.
+        adapter: a trained adapter (object, folder, Hub id or shipped name), or a `FluxConfig` for an untrained
+            router, which starts with every layer full. None = `FluxConfig()`.
+
+    Returns:
+        the controller; `detach(model)` ends it.
+
+    Raises:
+        ValueError: unknown family, adapter of another backbone, or a model that is attached already.
+    """
+    if hasattr(model, "_flux_attention_controller"):
+        raise ValueError("the model is attached already; detach(model) first")
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    config = decoder.config
+    family_of(config.model_type)
+    layers = routable_layers(config)
+    if isinstance(adapter, (str, Path)):
+        adapter = load_adapter(adapter)
+    flux = adapter.config if isinstance(adapter, Adapter) else (adapter or FluxConfig())
+    found = describe_backbone(model, layers)
+    if flux.backbone is not None:
+        check_backbone(flux, found)
+    else:
+        flux = replace(flux, backbone=found)
+    router = LayerRouter(len(layers), found.head_dim, flux.full_bias)
+    if isinstance(adapter, Adapter):
+        router.load_state_dict(adapter.state)
+    router.to(next(decoder.parameters()).device).float().eval()
+    controller = FluxAttention(model, flux, router)
+    controller._install()
+    return controller
+
+
+def attached(model: PreTrainedModel) -> FluxAttention:
+    """The controller of an attached model. Raises ValueError when there is none."""
+    controller = getattr(model, "_flux_attention_controller", None)
+    if controller is None:
+        raise ValueError("the model is not attached; call attach(model, adapter) first")
+    return controller
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`. Raises ValueError when the model is not attached."""
+    attached(model)._remove()

@@ -1,0 +1,60 @@
+"""Model families: where a layer's queries before RoPE come from.
+
+To add a family, add its row. A family qualifies when its attention reads `config._attn_implementation`, calls
+transformers' attention interface with `[B, heads, T, D]` tensors and updates a `Cache`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        model_type: of the transformers config.
+        attention: attribute of a decoder layer that holds its attention module.
+        query: projection from hidden states to queries.
+        query_norm: norm of a head's query before RoPE, where the family has one.
+    """
+
+    model_type: str
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    query_norm: str | None = None
+
+    def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        """Queries before RoPE, `hidden [S, K, hidden]` → `[S, K, Hq, D]`."""
+        queries: Tensor = getattr(attention, self.query)(hidden)
+        queries = queries.unflatten(-1, (-1, attention.head_dim))  # type: ignore[arg-type]
+        if self.query_norm is not None:
+            queries = getattr(attention, self.query_norm)(queries)
+        return queries
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3", query_norm="q_norm"),
+        Family("qwen3_moe", query_norm="q_norm"),
+        Family("gemma3_text", query_norm="q_norm"),
+    )
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a model type. Raises ValueError that names the row to add."""
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model family {model_type!r} is not known; known ones: {', '.join(FAMILIES)}. If its attention goes "
+            "through transformers' attention interface, add a row "
+            f'Family("{model_type}", …) to FAMILIES in flux_attention/models/families.py'
+        )
+    return FAMILIES[model_type]
