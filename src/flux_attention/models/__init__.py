@@ -1,0 +1,1 @@
+"""Frozen backbones: attaching routers to them, loading them, and the adapter files."""
