@@ -393,7 +393,14 @@ class FluxCache(Cache):
         slots = slots * self.page_tokens + counts % self.page_tokens
         self.pool.keys.flatten(0, 1)[slots] = keys
         self.pool.values.flatten(0, 1)[slots] = values
-        return table, self.key_counts[layer] + 1
+        return table[:, : self._width(layer)], self.key_counts[layer] + 1
+
+    def _width(self, layer: int) -> int:
+        """Pages that the longest row of this layer can hold: a layer that is sparse in every row needs few."""
+        config, page = self.flux_config, self.page_tokens
+        if not all(self.drops_keys(layer, row) for row in range(self.num_rows)):
+            return self.page_table.shape[2]
+        return min(self.page_table.shape[2], (config.sink_tokens + config.window_tokens) // page + 1)
 
     def advance(self, columns: int, tokens: Sequence[int], *, decoded: bool) -> None:
         """All layers have stored `tokens[row]` tokens out of `columns` columns."""

@@ -48,6 +48,7 @@ class Layout:
         batch, columns: `B`, `T`.
         rows, starts, counts: row, first column and number of new tokens of each sequence.
         past: tokens of each sequence already in the cache.
+        slots: the cache row of each sequence; () = the same as `rows`.
     """
 
     batch: int
@@ -56,6 +57,23 @@ class Layout:
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     past: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            object.__setattr__(self, "slots", self.rows)
+
+    @classmethod
+    def pack(cls, slots: Sequence[int], counts: Sequence[int], past: Sequence[int]) -> Layout:
+        """Sequences back to back in one row of `sum(counts)` columns, each for its own cache row."""
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return cls(1, sum(counts), (0,) * len(counts), tuple(starts), tuple(counts), tuple(past), tuple(slots))
+
+    @classmethod
+    def decode(cls, past: Sequence[int]) -> Layout:
+        """One new token for every cache row."""
+        rows = len(past)
+        return cls(rows, 1, tuple(range(rows)), (0,) * rows, (1,) * rows, tuple(past))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -73,7 +91,7 @@ class Layout:
 
     @cached_property
     def is_decode(self) -> bool:
-        return self.columns == 1 and all(p > 0 for p in self.past)
+        return self.columns == 1 and all(self.counts) and all(p > 0 for p in self.past)
 
     def token_index(self, device: torch.device) -> Tensor:
         """Flat index of every real token, sequence by sequence, int64 `[N]`."""
@@ -117,9 +135,8 @@ class Layout:
         if not torch.equal(new, solid):
             row = int((new != solid).any(1).nonzero()[0])
             raise ValueError(f"attention_mask has holes in row {row}; only left or right padding is supported")
-        if cache is not None and any(int(n) == 0 for n in counts):
-            raise ValueError("attention_mask leaves a row without a new token")
-        if any(int(n) + p == 0 for n, p in zip(counts, past, strict=True)):
+        # A chunk of a left-padded batch may hold nothing of a short row; a whole prompt may not be empty.
+        if cache is None and any(int(n) == 0 for n in counts):
             raise ValueError("the prompt is empty: attention_mask leaves a row without tokens")
         return cls(
             batch, columns, tuple(range(batch)), tuple(starts.tolist()), tuple(counts.tolist()), tuple(past)
@@ -224,6 +241,7 @@ class FluxAttention:
         self._step: Step | None = None
         self._soft: SoftRouting | None = None
         self._prompt_tokens: Sequence[int] | None = None
+        self._preset: Step | None = None
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._implementation: str = model.config._attn_implementation or "sdpa"
@@ -363,9 +381,31 @@ class FluxAttention:
             self._step = outer
         return torch.stack([p for p in step.pooled if p is not None])
 
+    @contextmanager
+    def stepping(self, cache: FluxCache, layout: Layout) -> Iterator[None]:
+        """Run the decoder inside on `layout`, for callers that pack sequences themselves (`generation`).
+
+        The cache must hold its rows and route already. Planning and advancing the cache stay with the caller, so the
+        pass itself is device work only and can be captured in a CUDA graph.
+        """
+        assert cache.route is not None
+        step = Step(layout, cache, cache.route.select(layout.slots))
+        if self._prompt_tokens is None:
+            step.prompt_ends = layout.ends
+        else:
+            step.prompt_ends = tuple(self._prompt_tokens[slot] for slot in layout.slots)
+        self._preset = step
+        try:
+            yield
+        finally:
+            self._preset = self._step = None
+
     # ------------------------------------------------------------------ hooks
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._preset is not None:
+            self._step = self._preset
+            return None
         if self._step is not None and self._step.collect:
             return None
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
@@ -544,7 +584,7 @@ class FluxAttention:
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         step = self._step
-        if step is None or step.collect:
+        if step is None or step.collect or self._preset is not None:
             return
         # Gradient checkpointing runs the layers again during backward, so a training step stays until the next one.
         if step.soft is None:
@@ -647,7 +687,7 @@ class FluxAttention:
         if cache is not None:
             start = 0
             for s, n in enumerate(layout.counts):
-                cache.append(layer, layout.rows[s], k[start : start + n], v[start : start + n])
+                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
                 start += n
         return out
 
@@ -662,7 +702,7 @@ class FluxAttention:
         values: list[Tensor] = []
         k_lens, gaps, start = [], [], 0
         for s, n in zip(members, counts, strict=True):
-            row = layout.rows[s]
+            row = layout.slots[s]
             old_k, old_v = cache.gather(layer, row)
             keys += [old_k, k[start : start + n]]
             values += [old_v, v[start : start + n]]

@@ -1,0 +1,452 @@
+"""Generation with the route decided first: packed, chunked prefill and CUDA-graph decode.
+
+`transformers`' own `generate` works on an attached model too; this is the fast path. What it adds: the route (and so
+the KV memory) is known before the first key is computed, prompts of different lengths are packed without padding,
+long prompts are prefilled in chunks, and a decode step on a GPU is one graph replay without a host round trip.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from flux_attention.cache import FluxCache, MemoryReport, PagePool
+from flux_attention.models.attach import FluxAttention, Layout, attached
+from flux_attention.route import Fixed, PolicyContext, Route
+
+TokenCallback = Callable[[int, int], None]
+"""Called with (row, token id) for every token as it becomes known."""
+
+
+@dataclass
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: the new token ids of each row, its end-of-sequence token included.
+        route: of the rows.
+        memory: of the cache at the end of prefill.
+        route_seconds, prefill_seconds, decode_seconds: wall clock of the three phases.
+        cache: holds prompts and answers; pass it on for a second turn, or `clear()` it.
+    """
+
+    tokens: list[list[int]]
+    route: Route
+    memory: MemoryReport
+    route_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    cache: FluxCache = field(repr=False)
+
+    @property
+    def decode_steps(self) -> int:
+        return max((len(row) for row in self.tokens), default=0)
+
+
+def _chunks(lengths: Sequence[int], budget: int, block: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Pack prompts into passes of at most `budget` tokens: lists of (row, first token, tokens).
+
+    A prompt is cut at block boundaries only: there a chunk's sparse attention equals the whole prompt's.
+    """
+    budget = max(block, budget // block * block)
+    batch: list[tuple[int, int, int]] = []
+    room = budget
+    for row, length in enumerate(lengths):
+        done = 0
+        while done < length:
+            take = min(length - done, room)
+            if take < length - done:
+                take = take // block * block
+            if take == 0:
+                yield batch
+                batch, room = [], budget
+                continue
+            batch.append((row, done, take))
+            done, room = done + take, room - take
+            if room == 0:
+                yield batch
+                batch, room = [], budget
+    if batch:
+        yield batch
+
+
+def _processors(config: GenerationConfig) -> LogitsProcessorList:
+    """The warpers that a GenerationConfig asks for, in transformers' order."""
+    found = LogitsProcessorList()
+    if config.repetition_penalty not in (None, 1.0):
+        found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.do_sample:
+        if config.temperature not in (None, 1.0):
+            found.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k not in (None, 0):
+            found.append(TopKLogitsWarper(config.top_k))
+        if config.top_p is not None and config.top_p < 1.0:
+            found.append(TopPLogitsWarper(config.top_p))
+        if getattr(config, "min_p", None) is not None:
+            found.append(MinPLogitsWarper(config.min_p))
+    return found
+
+
+_UNSUPPORTED = ("num_beams", "num_return_sequences", "no_repeat_ngram_size", "penalty_alpha", "stop_strings")
+
+
+def _check_config(config: GenerationConfig) -> None:
+    neutral = {None, 0, 1, ()}
+    for name in _UNSUPPORTED:
+        value = getattr(config, name, None)
+        if isinstance(value, list) or value not in neutral:
+            raise ValueError(f"{name}={value!r} is not supported here; use the attached model's own generate() for it")
+
+
+class _Decoder:
+    """One decode step for all rows; on CUDA a graph replay."""
+
+    def __init__(self, controller: FluxAttention, cache: FluxCache, use_graph: bool) -> None:
+        self.controller, self.cache = controller, cache
+        rows, device = cache.num_rows, controller.device
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.tensor(cache.lengths, dtype=torch.long, device=device)[:, None]
+        self.logits: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.use_graph = use_graph
+
+    def _forward(self) -> Tensor:
+        model = self.controller.model
+        with self.controller.stepping(self.cache, Layout.decode(self.cache.lengths)):
+            logits: Tensor = model(
+                input_ids=self.ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+            ).logits
+        return logits[:, -1]
+
+    def _capture(self) -> None:
+        # A warm-up on a side stream compiles kernels and fills caches; it writes the token it is about to decode,
+        # which the first replay writes again.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._forward()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Feed one token per row, `[B]`; returns logits `[B, V]` of the next."""
+        self.ids.copy_(tokens[:, None])
+        self.cache.plan_decode()
+        if not self.use_graph:
+            self.logits = self._forward()
+        else:
+            if self.graph is None:
+                self._capture()
+            assert self.graph is not None
+            self.graph.replay()
+        self.positions += 1
+        self.cache.advance(1, [1] * self.cache.num_rows, decoded=True)
+        assert self.logits is not None
+        return self.logits
+
+
+def _prompts(input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None) -> list[Tensor]:
+    if isinstance(input_ids, Tensor):
+        if input_ids.ndim == 1:
+            input_ids = input_ids[None]
+        if attention_mask is None:
+            rows = list(input_ids)
+        else:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask {list(attention_mask.shape)} does not match input_ids {list(input_ids.shape)}"
+                )
+            rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    else:
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with a padded tensor; a list of prompts has no padding")
+        rows = [row.reshape(-1) for row in input_ids]
+    if not rows:
+        raise ValueError("there is no prompt")
+    for i, row in enumerate(rows):
+        if row.numel() == 0:
+            raise ValueError(f"prompt {i} is empty")
+    return rows
+
+
+@torch.no_grad()
+def prefill(
+    controller: FluxAttention,
+    prompts: Sequence[Tensor],
+    cache: FluxCache,
+    *,
+    chunk_tokens: int,
+    max_new_tokens: int = 0,
+) -> Tensor:
+    """Fill an empty cache, whose route is set, with prompts; returns the logits after each, `[B, V]`.
+
+    `max_new_tokens` pages are accounted for as well, so that generation cannot run out half way.
+
+    Raises:
+        PoolExhausted: before any work, when the pool cannot hold the prompts and what is generated after them.
+    """
+    backbone = controller.config.backbone
+    assert backbone is not None and cache.route is not None
+    device = controller.device
+    lengths = [prompt.numel() for prompt in prompts]
+    like = next(controller.decoder.parameters())
+    cache.begin(len(prompts), cache.route, backbone.num_key_value_heads, backbone.head_dim, like)
+    last: list[Tensor | None] = [None] * len(prompts)
+    try:
+        cache.reserve([n + max_new_tokens for n in lengths])
+        with controller.prompt_lengths(lengths):
+            for batch in _chunks(lengths, chunk_tokens, controller.config.block_tokens):
+                rows, firsts, counts = zip(*batch, strict=True)
+                spans = [(f, f + n) for f, n in zip(firsts, counts, strict=True)]
+                ids = torch.cat([prompts[r][a:b] for r, (a, b) in zip(rows, spans, strict=True)]).to(device)[None]
+                positions = torch.cat([torch.arange(a, b) for a, b in spans]).to(device)[None]
+                layout = Layout.pack(rows, counts, [cache.lengths[r] for r in rows])
+                with controller.stepping(cache, layout):
+                    hidden = controller.decoder(
+                        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+                    ).last_hidden_state[0]
+                end = 0
+                new = [0] * len(prompts)
+                for r, (_, b), n in zip(rows, spans, counts, strict=True):
+                    end += n
+                    new[r] += n
+                    if b == lengths[r]:
+                        last[r] = hidden[end - 1]
+                cache.advance(0, new, decoded=False)
+        cache.seen_tokens = max(lengths)
+    except BaseException:
+        cache.clear()
+        raise
+    states = torch.stack([state for state in last if state is not None])
+    logits: Tensor = controller.model.get_output_embeddings()(states)
+    return logits
+
+
+def _check_lengths(controller: FluxAttention, lengths: Sequence[int], max_new_tokens: int) -> None:
+    limit = getattr(controller.decoder.config, "max_position_embeddings", None)
+    for i, n in enumerate(lengths):
+        if limit is not None and n + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {i} has {n} tokens, with {max_new_tokens} new ones over the model's context of {limit}"
+            )
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor | Sequence[Tensor],
+    attention_mask: Tensor | None = None,
+    *,
+    generation_config: GenerationConfig | None = None,
+    max_new_tokens: int | None = None,
+    route: Route | None = None,
+    pool: PagePool | None = None,
+    chunk_tokens: int = 32768,
+    cuda_graph: bool | None = None,
+    on_token: TokenCallback | None = None,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Answer prompts with routed attention.
+
+    Args:
+        model: an attached causal LM (`attach`).
+        input_ids: int64 `[B, T]` with `attention_mask` for padding, or a list of unpadded prompts.
+        generation_config: sampling and stopping; None = the model's.
+        max_new_tokens: overrides the config's.
+        route: of the rows; None asks the controller's policy (the router).
+        pool: KV pages to live in; None allocates exactly what the request needs.
+        chunk_tokens: tokens of one prefill pass; bounds the activations, not the result.
+        cuda_graph: replay decode steps as a graph; None = on CUDA.
+        on_token: called with (row, token) as tokens become known (on CUDA one step late, so nothing waits).
+        generator: of the sampling noise.
+
+    Raises:
+        ValueError: empty prompts, prompts over the model's context, unsupported options, an inline router with a
+            prompt longer than `chunk_tokens`.
+        PoolExhausted: the pool cannot hold the request; nothing was computed.
+    """
+    controller = attached(model)
+    config = generation_config or model.generation_config
+    _check_config(config)
+    limit = max_new_tokens if max_new_tokens is not None else (config.max_new_tokens or 20)
+    if limit < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+    prompts = _prompts(input_ids, attention_mask)
+    lengths = [prompt.numel() for prompt in prompts]
+    _check_lengths(controller, lengths, limit)
+    sync = torch.cuda.synchronize if controller.device.type == "cuda" else (lambda: None)
+
+    started = time.perf_counter()
+    inline = route is None and controller.policy is None and controller.config.router_input == "inline"
+    hybrid = len(controller.layers) < controller.decoder.config.num_hidden_layers
+    if inline and max(lengths) > chunk_tokens:
+        raise ValueError(
+            f"an inline router sees a prompt whole: {max(lengths)} tokens do not fit chunk_tokens={chunk_tokens}. "
+            'Raise chunk_tokens, or route with router_input="probe"'
+        )
+    if route is None and not inline:
+        route = controller.route(prompts)
+    elif route is not None:
+        route = Fixed(route)(PolicyContext(len(controller.layers), tuple(prompts)))
+    sync()
+    routed = time.perf_counter()
+
+    cache = controller.new_cache(pool=pool, max_row_tokens=max(lengths) + limit)
+    if inline or hybrid:
+        # Sliding layers keep transformers' own batched cache, and inline routing needs whole prompts: both take one
+        # left-padded pass.
+        logits = _padded_prefill(controller, prompts, cache, route)
+    else:
+        assert route is not None
+        cache.set_route(route)
+        if pool is None:
+            cache.pool = _exact_pool(controller, cache, route, [n + limit for n in lengths])
+        logits = prefill(controller, prompts, cache, chunk_tokens=chunk_tokens, max_new_tokens=limit)
+    sync()
+    prefilled = time.perf_counter()
+    assert cache.route is not None
+    memory, route = cache.memory(), cache.route
+
+    tokens = _decode(controller, cache, prompts, logits, config, limit, cuda_graph, on_token, generator)
+    sync()
+    return Generation(
+        tokens,
+        route,
+        memory,
+        route_seconds=routed - started,
+        prefill_seconds=prefilled - routed,
+        decode_seconds=time.perf_counter() - prefilled,
+        cache=cache,
+    )
+
+
+def _exact_pool(controller: FluxAttention, cache: FluxCache, route: Route, tokens: Sequence[int]) -> PagePool:
+    """A pool of just the pages that rows of `tokens` tokens hold under `route`, allocated once."""
+    backbone, config = controller.config.backbone, controller.config
+    assert backbone is not None
+    page, sinks = config.block_tokens, config.sink_tokens
+    pages = 0
+    for row, n in enumerate(tokens):
+        whole = -(-n // page)
+        streaming = min(whole, (sinks + config.window_tokens) // page + 1)
+        for layer in range(route.num_layers):
+            drops = config.sparse_mode == "streaming" and not bool(route.use_full[layer, row])
+            pages += streaming if drops else whole
+    like = next(controller.decoder.parameters())
+    return PagePool(page, backbone.num_key_value_heads, backbone.head_dim, like.dtype, like.device, max_pages=pages)
+
+
+def _padded_prefill(
+    controller: FluxAttention, prompts: Sequence[Tensor], cache: FluxCache, route: Route | None
+) -> Tensor:
+    device = controller.device
+    columns = max(p.numel() for p in prompts)
+    ids = torch.zeros(len(prompts), columns, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, columns - prompt.numel() :] = prompt
+        mask[row, columns - prompt.numel() :] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    policy = controller.policy if route is None else Fixed(route)
+    with controller.using(policy, controller.dial):
+        hidden = controller.decoder(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+    logits: Tensor = controller.model.get_output_embeddings()(hidden[:, -1])
+    return logits
+
+
+def _decode(
+    controller: FluxAttention,
+    cache: FluxCache,
+    prompts: Sequence[Tensor],
+    logits: Tensor,
+    config: GenerationConfig,
+    limit: int,
+    cuda_graph: bool | None,
+    on_token: TokenCallback | None,
+    generator: torch.Generator | None,
+) -> list[list[int]]:
+    rows, device = len(prompts), controller.device
+    on_cuda = device.type == "cuda"
+    hybrid = len(controller.layers) < controller.decoder.config.num_hidden_layers
+    if cuda_graph and (not on_cuda or hybrid):
+        raise ValueError("cuda_graph=True needs a CUDA model whose attention layers are all routable")
+    decoder = _Decoder(controller, cache, on_cuda and not hybrid if cuda_graph is None else cuda_graph)
+    processors = _processors(config)
+    stop = config.eos_token_id
+    stops = set() if stop is None else set(stop if isinstance(stop, list) else [stop])
+    history = _left_pad(prompts, device) if processors else None
+    found: list[list[int]] = [[] for _ in range(rows)]
+    done = [False] * rows
+    pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def take(item: tuple[Tensor, torch.cuda.Event | None]) -> None:
+        host, event = item
+        if event is not None:
+            event.synchronize()
+        for row, token in enumerate(host.tolist()):
+            if done[row]:
+                continue
+            found[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            done[row] = token in stops
+
+    for step in range(limit):
+        scores = processors(history, logits.float()) if processors else logits
+        if config.do_sample:
+            probabilities = scores.float().softmax(-1)
+            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        else:
+            token = scores.argmax(-1)
+        if history is not None:
+            history = torch.cat((history, token[:, None]), 1)
+        event: torch.cuda.Event | None = None
+        host = token
+        if on_cuda:
+            host = torch.empty(rows, dtype=token.dtype, pin_memory=True)
+            host.copy_(token, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        previous, pending = pending, (host, event)
+        if not on_cuda:
+            take(pending)
+            pending = None
+        # The last token is never fed: nothing is predicted from it.
+        if step + 1 == limit or all(done):
+            break
+        logits = decoder.step(token)
+        # On CUDA tokens are looked at one step late, while the next step runs: the device never waits for the host.
+        if previous is not None:
+            take(previous)
+            if all(done):
+                pending = None
+                break
+    if pending is not None:
+        take(pending)
+    return found
+
+
+def _left_pad(prompts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Prompts as one tensor for logits processors; a short prompt repeats its first token on the left."""
+    columns = max(p.numel() for p in prompts)
+    return torch.stack(
+        [torch.cat((p[:1].expand(columns - p.numel()), p)).to(device) for p in prompts]
+    )
