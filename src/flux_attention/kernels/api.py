@@ -172,7 +172,7 @@ def streaming_attention(
     """
     _check_qkv("streaming_attention", q, k, v, packing)
     _check_streaming("streaming_attention", packing, sink, window, block)
-    impl = _resolve("streaming_attention", impl, q)
+    impl = _resolve("streaming_attention", impl, q, block)
     if impl == "reference":
         from flux_attention.kernels import reference
 
@@ -211,7 +211,7 @@ def triangle_attention(
         raise ValueError(
             f"triangle_attention: dense_from needs one position per sequence ({len(packing)}), got {len(dense_from)}"
         )
-    impl = _resolve("triangle_attention", impl, q)
+    impl = _resolve("triangle_attention", impl, q, block)
     if impl == "reference":
         from flux_attention.kernels import reference
 
@@ -264,10 +264,9 @@ def xattention(
 ) -> Tensor:
     """Block-sparse attention over the blocks `select_blocks` picks (XAttention, Xu et al., arXiv 2503.16428).
 
-    Shapes as `dense_attention`. Gradients flow through the attention, not through the choice of blocks; the impl
-    `"flash4"` is for inference only. Raises ValueError on bad shapes, sizes or gaps.
+    Shapes as `dense_attention`. Gradients flow through the attention, not through the choice of blocks. Raises ValueError on bad shapes, sizes or gaps.
     """
-    impl = _resolve("xattention", impl, q)
+    impl = _resolve("xattention", impl, q, block)
     select = {"reference": "reference", "flash4": "triton", "sdpa": "torch"}.get(impl, "auto")
     blocks = select_blocks(
         q, k, packing, block=block, stride=stride, threshold=threshold, scale=scale, impl=select
@@ -348,7 +347,7 @@ def block_sparse_attention(
                 f"block_sparse_attention: blocks[{s}] must be bool {list(expected)}, "
                 f"got {chosen.dtype} {list(chosen.shape)}"
             )
-    impl = _resolve("block_sparse_attention", impl, q)
+    impl = _resolve("block_sparse_attention", impl, q, block)
     if impl == "reference":
         from flux_attention.kernels import reference
 
@@ -449,8 +448,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def why_unusable(impl: str, q: Tensor) -> str | None:
-    """Reason why `impl` cannot serve queries like `q` (device, dtype, head dim, missing package), or None."""
+def why_unusable(op: str, impl: str, q: Tensor, block: int | None = None) -> str | None:
+    """Reason why `impl` cannot serve `op` on queries like `q` (device, dtype, head dim, block, package), or None."""
     if impl == "triton":
         if not _importable("triton"):
             return "triton is not installed; `pip install triton` (it comes with torch on Linux + CUDA)"
@@ -469,10 +468,17 @@ def why_unusable(impl: str, q: Tensor) -> str | None:
             return f"flash-attn-4 runs here on Hopper and Blackwell (compute capability 9.x, 10.x), got {major}.{minor}"
         if q.dtype not in (torch.float16, torch.bfloat16):
             return f"flash-attn-4 takes float16 or bfloat16, got {q.dtype}"
+        if op != "dense_attention" and major != 9:
+            return f"{op} on flash-attn-4 runs on Hopper (compute capability 9.x), got {major}.{minor}"
         if q.shape[-1] > 128 or q.shape[-1] % 16:
             return f"flash-attn-4 takes head dims up to 128 that are multiples of 16, got {q.shape[-1]}"
         if not _importable("flash_attn.cute"):
             return "flash-attn-4 is not installed; `pip install --pre flash-attn-4`"
+    if impl in ("flash4", "flex") and block is not None:
+        if op in ("xattention", "block_sparse_attention") and block != 128:
+            return f"block-sparse {impl} takes block=128, got {block}"
+        if block % 128:
+            return f"{impl} takes blocks that are multiples of 128, got {block}"
     if impl == "flex" and (q.shape[-1] < 16 or q.shape[-1] & (q.shape[-1] - 1)):
         return f"flex takes head dims that are powers of two from 16, got {q.shape[-1]}"
     return None
@@ -485,27 +491,21 @@ def _triton_interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _resolve(op: str, impl: str, q: Tensor) -> str:
+def _resolve(op: str, impl: str, q: Tensor, block: int | None = None) -> str:
     names = IMPLS[op]
     if impl == "auto":
         if q.device.type == "cuda":
             preferred = "triton" if "triton" in names else "flash4"
-            if why_unusable(preferred, q) is None:
-                # Selection and block-sparse attention on flash4 are for inference.
-                if op not in ("xattention", "block_sparse_attention") or not _needs_grad(q):
-                    return preferred
+            if why_unusable(op, preferred, q, block) is None:
+                return preferred
         return "torch" if "torch" in names else "sdpa"
     if impl not in names:
         raise ValueError(f'{op}: impl must be "auto" or one of {", ".join(names)}, got {impl!r}')
-    reason = why_unusable(impl, q)
+    reason = why_unusable(op, impl, q, block)
     if reason is not None:
-        works = [n for n in names if n != impl and why_unusable(n, q) is None]
+        works = [n for n in names if n != impl and why_unusable(op, n, q, block) is None]
         raise UnsupportedKernelError(f"{op}: impl={impl!r} cannot run: {reason}. These can: {', '.join(works)}")
     return impl
-
-
-def _needs_grad(q: Tensor) -> bool:
-    return torch.is_grad_enabled() and q.requires_grad
 
 
 # ------------------------------------------------------------------------------------------------ validation

@@ -5,12 +5,14 @@ Shapes as in `flux_attention.kernels.api.block_sparse_attention`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from flux_attention.kernels import block_lists
 from flux_attention.kernels.api import Packing
+from flux_attention.kernels.block_lists import TILE
 from flux_attention.kernels.dense import sdpa
 
 #: Gathered key and value elements a call may hold (64 Mi: 256 MB each in float32).
@@ -77,15 +79,42 @@ def _blocks_of(x: Tensor, lead: int, n: int, block: int) -> Tensor:
     return full
 
 
-#STUB
 def block_sparse_flash4(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, blocks: Sequence[Tensor], *, block: int, scale: float
 ) -> Tensor:
-    raise NotImplementedError
+    """`api.block_sparse_attention` by flash-attn-4's block sparsity, a call per sequence; `block` must be 128."""
+    return _over_lists(block_lists.flash4_over, q, k, v, packing, blocks, scale)
 
 
-#STUB
 def block_sparse_flex(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, blocks: Sequence[Tensor], *, block: int, scale: float
 ) -> Tensor:
-    raise NotImplementedError
+    """`api.block_sparse_attention` by FlexAttention, a call per sequence; `block` must be 128."""
+    return _over_lists(block_lists.flex_over, q, k, v, packing, blocks, scale)
+
+
+def _over_lists(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    blocks: Sequence[Tensor],
+    scale: float,
+) -> Tensor:
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    pieces = [q.new_empty(0, *q.shape[1:])]
+    for s in range(len(packing)):
+        if not packing.q_lens[s]:
+            continue
+        q_s = q[packing.q_offsets[s] : packing.q_offsets[s + 1]]
+        k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]]
+        v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
+        start = packing.starts[s]
+        lead = start % TILE
+        if lead:
+            # Rows put in front so that query tiles are position tiles; cut off again below.
+            q_s = torch.cat([q_s.new_zeros(lead, *q_s.shape[1:]), q_s])
+        lists = block_lists.chosen_lists(blocks[s], start // TILE, gradients)
+        pieces.append(attend(q_s, k_s, v_s, lists, scale=scale)[lead:])
+    return pieces[1] if len(pieces) == 2 else torch.cat(pieces)

@@ -7,11 +7,14 @@ time with the keys it can see; the other two get the lists of full and partial k
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from flux_attention.kernels import block_lists
 from flux_attention.kernels.api import Packing
+from flux_attention.kernels.block_lists import TILE
 from flux_attention.kernels.dense import _causal, sdpa
 
 #: Queries a tile on CPU and on CUDA. A small tile wastes fewer masked scores, a large one fewer calls and copies.
@@ -103,15 +106,59 @@ def _tile_mask(
     return torch.cat([own.new_ones(rows, sink), own], 1)
 
 
-#STUB
 def streaming_flash4(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
-    raise NotImplementedError
+    """`api.streaming_attention` by flash-attn-4's block sparsity, a call per sequence; `block` a multiple of 128."""
+    return _over_lists(block_lists.flash4_over, q, k, v, packing, sink, window, block, scale)
 
 
-#STUB
 def streaming_flex(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
-    raise NotImplementedError
+    """`api.streaming_attention` by FlexAttention, a call per sequence; `block` a multiple of 128."""
+    return _over_lists(block_lists.flex_over, q, k, v, packing, sink, window, block, scale)
+
+
+def _over_lists(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    sink: int,
+    window: int,
+    block: int,
+    scale: float,
+) -> Tensor:
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    pieces = [q.new_empty(0, *q.shape[1:])]
+    for s in range(len(packing)):
+        if not packing.q_lens[s]:
+            continue
+        q_s = q[packing.q_offsets[s] : packing.q_offsets[s + 1]]
+        k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]]
+        v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
+        start, gap = packing.starts[s], packing.gaps[s]
+        if gap % TILE:
+            # Give up the keys that no query sees: what is left starts on a tile boundary.
+            first = start // block * block - window
+            k_s, v_s = (torch.cat([t[:sink], t[first - gap :]]) for t in (k_s, v_s))
+            gap = first - sink
+        lead = start % TILE
+        if lead:
+            # Rows put in front so that query tiles are position tiles; cut off again below.
+            q_s = torch.cat([q_s.new_zeros(lead, *q_s.shape[1:]), q_s])
+        lists = block_lists.streaming_lists(
+            -(-q_s.shape[0] // TILE),
+            -(-k_s.shape[0] // TILE),
+            start // TILE,
+            gap // TILE,
+            sink // TILE,
+            window // TILE,
+            block // TILE,
+            q.device,
+            gradients,
+        )
+        pieces.append(attend(q_s, k_s, v_s, lists, scale=scale)[lead:])
+    return pieces[1] if len(pieces) == 2 else torch.cat(pieces)
