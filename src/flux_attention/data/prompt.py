@@ -1,0 +1,121 @@
+"""From text to token ids: chat prompts with an answer prefix, and fitting them to a length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ACCEPTED_SHARE = 0.95  # a prompt at least this full is not worth another try
+_TRIES = 16
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt and its answer as text.
+
+    Args:
+        user: the user's turn.
+        prefix: what the assistant's turn starts with; the answer follows directly, usually after a space.
+        references: what is scored, in the order of the reference answer.
+        separator: put behind each reference but the last (not scored).
+    """
+
+    user: str
+    prefix: str
+    references: tuple[str, ...]
+    separator: str = ","
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_text(tokenizer: Any, user: str, prefix: str = "") -> str:
+    """The chat template's text up to where the answer starts; plain text for a tokenizer without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return user + "\n" + prefix
+    messages = [{"role": "user", "content": user}]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)) + prefix
+
+
+def encode(tokenizer: Any, draft: Draft) -> Encoded:
+    prompt = encode_text(tokenizer, chat_text(tokenizer, draft.user, draft.prefix))
+    # An answer that starts a turn or a line has no space before it.
+    space = " " if draft.prefix and not draft.prefix[-1].isspace() else ""
+    answer: list[int] = []
+    spans = []
+    for i, reference in enumerate(draft.references):
+        start = len(answer)
+        answer += encode_text(tokenizer, (space if i == 0 else " ") + reference)
+        spans.append((start, len(answer)))
+        if i + 1 < len(draft.references) and draft.separator:
+            answer += encode_text(tokenizer, draft.separator)
+    return Encoded(tuple(prompt), tuple(answer), tuple(spans))
+
+
+def fit(
+    tokenizer: Any, length: int, build: Callable[[int], Draft], *, least: int, guess: int, name: str
+) -> tuple[Draft, Encoded]:
+    """The largest draft found that takes at most `length` tokens.
+
+    `build(n)` must give the same draft for the same n and grow with n (units are the task's: characters, rows, ...).
+
+    Raises:
+        ValueError: when even `build(least)` is longer than `length`.
+    """
+    best: tuple[Draft, Encoded] | None = None
+    low, low_size = least - 1, 0  # largest n known to fit
+    high: int | None = None  # smallest n known not to fit
+    n = max(least, guess)
+    points: list[tuple[int, int]] = []
+    for _ in range(_TRIES):
+        draft = build(n)
+        encoded = encode(tokenizer, draft)
+        size = len(encoded)
+        points.append((n, size))
+        if size <= length:
+            if best is None or size >= len(best[1]):
+                best = (draft, encoded)
+            low, low_size = n, size
+            if size >= ACCEPTED_SHARE * length:
+                break
+        else:
+            high = n
+        # Secant through the last two points, aimed a little below the limit.
+        if len(points) > 1 and points[-1][0] != points[-2][0] and points[-1][1] != points[-2][1]:
+            slope = (points[-1][1] - points[-2][1]) / (points[-1][0] - points[-2][0])
+        else:
+            slope = size / max(n, 1)
+        aim = n + int((0.98 * length - size) / max(slope, 1e-6))
+        if high is not None:
+            aim = min(aim, high - 1)
+        aim = max(aim, low + 1 if low_size else least)
+        if high is not None and aim >= high:
+            break
+        if aim == n:
+            break
+        n = aim
+    if best is None:
+        raise ValueError(f"task {name!r} needs more than length={length} tokens; its shortest prompt does not fit")
+    return best
+
+
+def join_list(items: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b, and c`."""
+    if len(items) < 2:
+        return "".join(items)
+    if len(items) == 2:
+        return f"{items[0]} and {items[1]}"
+    return ", ".join(items[:-1]) + f", and {items[-1]}"

@@ -1,0 +1,119 @@
+"""The registry of built-in tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from flux_attention.data.sample import Sample
+from flux_attention.data.tasks.base import Task
+from flux_attention.data.tasks.common_words import CommonWords
+from flux_attention.data.tasks.continuation import Continuation
+from flux_attention.data.tasks.fewshot_classification import FewShotClassification
+from flux_attention.data.tasks.frequent_words import FrequentWords
+from flux_attention.data.tasks.kv_lookup import KeyValueLookup
+from flux_attention.data.tasks.math_problems import MathProblems
+from flux_attention.data.tasks.module_summary import ModuleSummary
+from flux_attention.data.tasks.niah import Needle
+from flux_attention.data.tasks.passages import PassageCount, PassageRetrieval
+from flux_attention.data.tasks.row_qa import RowQA
+from flux_attention.data.tasks.variable_tracking import VariableTracking
+
+_BUILT_IN: tuple[Task, ...] = (
+    Needle(name="niah_single_1", haystacks=("filler",), test_haystack="ruler_filler"),
+    Needle(name="niah_single_2"),
+    Needle(name="niah_single_3", value="uuid"),
+    Needle(name="niah_multikey_1", keys=4),
+    Needle(name="niah_multikey_2", test_haystack="needles"),
+    Needle(name="niah_multikey_3", test_haystack="needles", key="uuid", value="uuid"),
+    Needle(name="niah_multivalue", values_per_key=4, held_out=True),
+    Needle(name="niah_multiquery", keys=4, asked=4),
+    VariableTracking(name="variable_tracking"),
+    KeyValueLookup(name="kv_lookup"),
+    RowQA(name="row_qa", held_out=True),
+    PassageRetrieval(name="passage_retrieval", held_out=True),
+    PassageCount(name="passage_count"),
+    CommonWords(name="common_words"),
+    FrequentWords(name="frequent_words", held_out=True),
+    FewShotClassification(name="fewshot_topic", theme="topic"),
+    FewShotClassification(name="fewshot_sentiment", theme="sentiment"),
+    FewShotClassification(name="fewshot_intent", theme="intent", arbitrary=True, held_out=True),
+    Continuation(name="code_completion", source="code", test_source="code"),
+    Continuation(name="prose_continuation", source="topics", test_source="topics"),
+    Continuation(name="docstring_continuation", source="docstrings", test_source="docstrings", held_out=True),
+    ModuleSummary(name="module_summary"),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _BUILT_IN}
+
+#: Short names of FIGURES and the command line.
+ALIASES: dict[str, str] = {"needle1": "niah_single_2", "needle4": "niah_multikey_1"}
+
+
+def get_task(task: str | Task) -> Task:
+    """A task by name, alias or itself."""
+    if isinstance(task, Task):
+        return task
+    name = ALIASES.get(task, task)
+    if name not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join((*TASKS, *ALIASES))}")
+    return TASKS[name]
+
+
+def training_tasks() -> dict[str, Task]:
+    """The tasks that a router may be trained on."""
+    return {name: task for name, task in TASKS.items() if not task.held_out}
+
+
+def sample_seed(task: str, length: int, split: str, seed: int, index: int) -> int:
+    """Seed of one sample: a hash of what it is, so that adding tasks or samples shifts no other."""
+    key = f"{task}|{length}|{split}|{seed}|{index}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def make_sample(task: str | Task, index: int, length: int, seed: int, split: str, tokenizer: Any) -> Sample:
+    """Sample number `index` of a task."""
+    chosen = get_task(task)
+    number = sample_seed(chosen.name, length, split, seed, index)
+    sample = chosen.sample(random.Random(number), tokenizer, length, split)
+    return replace(sample, meta={**sample.meta, "seed": seed, "index": index})
+
+
+def iter_samples(task: str | Task, n: int, length: int, seed: int, split: str, tokenizer: Any) -> Iterator[Sample]:
+    for index in range(n):
+        yield make_sample(task, index, length, seed, split, tokenizer)
+
+
+def make_samples(task: str | Task, n: int, length: int, seed: int, split: str, tokenizer: Any) -> list[Sample]:
+    """`n` samples of at most `length` tokens, the same for the same arguments and Python version."""
+    if n < 1:
+        raise ValueError(f"n must be positive, got {n}")
+    return list(iter_samples(task, n, length, seed, split, tokenizer))
+
+
+__all__ = [
+    "ALIASES",
+    "TASKS",
+    "CommonWords",
+    "Continuation",
+    "FewShotClassification",
+    "FrequentWords",
+    "KeyValueLookup",
+    "MathProblems",
+    "ModuleSummary",
+    "Needle",
+    "PassageCount",
+    "PassageRetrieval",
+    "RowQA",
+    "Task",
+    "VariableTracking",
+    "get_task",
+    "iter_samples",
+    "make_sample",
+    "make_samples",
+    "sample_seed",
+    "training_tasks",
+]
