@@ -12,6 +12,8 @@ from flux_attention.kernels.api import Packing
 
 #: Query blocks scored at once by the torch version; bounds its scores to [Hq, 32 * block/stride, n/stride].
 _BLOCKS_A_CALL = 32
+#: Bytes of partial sums the triton version holds at once.
+_WORKSPACE = 1 << 29
 
 
 def select_blocks_torch(
@@ -94,5 +96,87 @@ def choose(masses: Tensor, first: int, threshold: float) -> Tensor:
 def select_blocks_triton(
     q: Tensor, k: Tensor, packing: Packing, *, block: int, stride: int, threshold: float, scale: float
 ) -> list[Tensor]:
-    """`api.select_blocks` by two triton kernels."""
-    raise NotImplementedError
+    """`api.select_blocks` by two triton kernels; holds at most about `_WORKSPACE` bytes of partial sums.
+
+    Raises ValueError when `block / stride` is not a power of two up to 64 or the head dim is not contiguous.
+    """
+    import triton
+
+    from flux_attention.kernels import block_score_triton as kernels
+
+    rows = block // stride
+    if rows > 64 or rows & (rows - 1):
+        raise ValueError(
+            f"select_blocks: impl='triton' needs block / stride to be a power of two up to 64, got {block} / {stride}; "
+            "impl='torch' takes any"
+        )
+    for name, t in (("q", q), ("k", k)):
+        if t.numel() and t.stride(-1) != 1:
+            raise ValueError(f"select_blocks: {name}'s last dimension must be contiguous, got strides {t.stride()}")
+    heads, dim = q.shape[1:]
+    group = heads // k.shape[1]
+    chosen = []
+    for s in range(len(packing)):
+        q_s = q[packing.q_offsets[s] : packing.q_offsets[s + 1]]
+        k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]]
+        start, n_k = packing.starts[s], -(-k_s.shape[0] // block)
+        first = start // block
+        n_q = n_k - first if len(q_s) else 0
+        out = torch.empty(heads, n_q, n_k, dtype=torch.uint8, device=q.device)
+        chosen.append(out.view(torch.bool))
+        if not n_q:
+            continue
+        # Heads and query blocks at a time, so that the workspace stays bounded at any length.
+        n_blocks = max(1, min(n_q, _WORKSPACE // (4 * rows * n_k)))
+        n_heads = max(1, min(heads, _WORKSPACE // (4 * rows * n_k * n_blocks)))
+        lse = torch.empty(n_heads * n_blocks * rows * n_k, dtype=torch.float32, device=q.device)
+        for i in range(0, n_q, n_blocks):
+            blocks = min(n_blocks, n_q - i)
+            last_row = (first + i + blocks) * rows
+            for h in range(0, heads, n_heads):
+                some = min(n_heads, heads - h)
+                kernels.score_kernel[(triton.cdiv(last_row, 128), triton.cdiv(blocks * rows, 128), some)](
+                    q_s,
+                    k_s,
+                    lse,
+                    start,
+                    q_s.shape[0],
+                    k_s.shape[0],
+                    (first + i) * rows,
+                    blocks * rows,
+                    n_k,
+                    h,
+                    group,
+                    scale / stride * 1.4426950408889634,
+                    q_s.stride(0),
+                    q_s.stride(1),
+                    k_s.stride(0),
+                    k_s.stride(1),
+                    STRIDE=stride,
+                    ROWS=rows,
+                    D=dim,
+                    BLOCK_A=128,
+                    BLOCK_B=128,
+                    BLOCK_D=min(64, dim) if q.element_size() <= 2 else 32,
+                    PRECISION="ieee",
+                    num_warps=8,
+                    num_stages=4,
+                )
+                kernels.choose_kernel[(blocks, some)](
+                    lse,
+                    out,
+                    start,
+                    q_s.shape[0],
+                    first + i,
+                    blocks * rows,
+                    n_k,
+                    h,
+                    n_q,
+                    first,
+                    threshold,
+                    STRIDE=stride,
+                    ROWS=rows,
+                    BLOCK=triton.next_power_of_2(n_k),
+                    num_warps=4 if n_k <= 2048 else 8,
+                )
+    return chosen

@@ -5,8 +5,29 @@ Shapes as in `flux_attention.kernels.api.paged_decode`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch configuration of the triton decode kernel.
+
+    `split` tokens a program (a multiple of `block`), `block` tokens a tile, `warps` and pipeline `stages`.
+    """
+
+    split: int
+    block: int
+    warps: int
+    stages: int
+
+
+#: Tuned configurations by `_key` of a call; `tune` fills it.
+_TUNED: dict[tuple[object, ...], DecodeConfig] = {}
 
 
 def paged_decode_sdpa(
@@ -69,8 +90,167 @@ def _gathered(
     return out
 
 
-#STUB
 def paged_decode_triton(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, *, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    config: DecodeConfig | None = None,
 ) -> Tensor:
-    raise NotImplementedError
+    """`api.paged_decode` by split-KV triton kernels: no host sync, capturable in a CUDA graph.
+
+    `config` defaults to what `tune` found for these shapes, else to a heuristic. Raises ValueError when the head dim
+    of a tensor is not contiguous.
+    """
+    import triton
+
+    from flux_attention.kernels import paged_decode_triton as kernels
+
+    for name, t in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("page_table", page_table), ("out", out)):
+        if t is not None and t.numel() and t.stride(-1) != 1:
+            raise ValueError(f"paged_decode: {name}'s last dimension must be contiguous, got strides {t.stride()}")
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    rows, hq, dim = q.shape
+    page, hk = k_pages.shape[1:3]
+    group = hq // hk
+    max_tokens = page_table.shape[1] * page
+    if rows == 0:
+        return out
+    if config is None:
+        config = _TUNED.get(_key(q, k_pages, page_table)) or heuristic(q, k_pages, page_table)
+    n_splits = max(1, triton.cdiv(max_tokens, config.split))
+    part = torch.empty(rows, hk, n_splits, group, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(rows, hk, n_splits, group, dtype=torch.float32, device=q.device)
+    kernels.decode_kernel[(n_splits, hk, rows)](
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        part,
+        lse,
+        scale,
+        q.stride(0),
+        q.stride(1),
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        page_table.stride(0),
+        n_splits,
+        GROUP=group,
+        # The tensor cores' smallest tile has 16 rows.
+        ROWS=max(16, triton.next_power_of_2(group)),
+        D=dim,
+        PAGE=page,
+        SPLIT=config.split,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        PRECISION="ieee",
+        num_warps=config.warps,
+    )
+    kernels.combine_kernel[(rows, hq, max(1, dim // 64))](
+        part,
+        lse,
+        lengths,
+        out,
+        n_splits,
+        out.stride(0),
+        out.stride(1),
+        GROUP=group,
+        D=dim,
+        SPLIT=config.split,
+        BLOCK=min(32, triton.next_power_of_2(n_splits)),
+        BLOCK_D=min(64, dim),
+        num_warps=4,
+    )
+    return out
+
+
+def _key(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[object, ...]:
+    return (q.device, q.dtype, tuple(q.shape), tuple(k_pages.shape[1:]), page_table.shape[1])
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def heuristic(q: Tensor, k_pages: Tensor, page_table: Tensor) -> DecodeConfig:
+    """Configuration from the shapes alone: about eight programs a multiprocessor, of 256 to 1,024 tokens each."""
+    page, hk, dim = k_pages.shape[1:]
+    tokens = q.shape[0] * hk * page_table.shape[1] * page
+    split = 256
+    while split < 1024 and tokens > split * 8 * _processors(q.device):
+        split *= 2
+    block = 64 if dim <= 128 and q.element_size() <= 2 else 32
+    return DecodeConfig(split, block, warps=4, stages=3)
+
+
+def candidates(q: Tensor) -> list[DecodeConfig]:
+    """The configurations that `tune` tries."""
+    wide = q.shape[-1] > 128 or q.element_size() > 2
+    blocks = (32,) if wide else (64, 128)
+    return [
+        DecodeConfig(split, block, warps, stages)
+        for split in (256, 512, 1024, 2048)
+        for block in blocks
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        if block * stages <= 384
+    ]
+
+
+def tune(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    configs: Iterable[DecodeConfig] | None = None,
+    repeats: int = 10,
+) -> DecodeConfig:
+    """Time the candidates on these tensors and keep the fastest for every later call of the same shapes.
+
+    CUDA only, and not while a graph is being captured. Lengths should be those of real use; the shapes that key the
+    result are rows, heads, head dim, page, `max_pages` and dtype. Raises RuntimeError when no candidate runs.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    key = _key(q, k_pages, page_table)
+    best: tuple[float, DecodeConfig] | None = None
+    out = torch.empty_like(q)
+    for config in configs if configs is not None else candidates(q):
+        try:
+            for _ in range(2):
+                paged_decode_triton(
+                    q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config
+                )
+        except OutOfResources:
+            continue
+        # A graph, as in use: the host's launch cost would otherwise hide the differences.
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(q.device)
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                paged_decode_triton(
+                    q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config
+                )
+        graph.replay()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end) / repeats
+        if best is None or elapsed < best[0]:
+            best = (elapsed, config)
+    if best is None:
+        raise RuntimeError(f"paged_decode: no launch configuration fits the device for shapes {key}")
+    _TUNED[key] = best[1]
+    return best[1]
