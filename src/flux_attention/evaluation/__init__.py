@@ -1,0 +1,1 @@
+"""Scores, baselines and the board. Sibling of `training`: neither imports the other."""

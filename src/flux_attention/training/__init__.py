@@ -1,0 +1,1 @@
+"""Training a router on a frozen backbone. Sibling of `evaluation`: neither imports the other."""
