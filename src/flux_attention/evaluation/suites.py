@@ -1,0 +1,238 @@
+"""Evaluation suites: which samples, and the figures that come out of routed against dense on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flux_attention.data import Sample, make_samples
+from flux_attention.evaluation.metrics import Estimate, bootstrap_mean, paired_ratio, wilson
+from flux_attention.evaluation.results import Figure
+from flux_attention.evaluation.runner import Progress, Record, RunOptions, check_samples, run_samples
+from flux_attention.models.attach import FluxAttention
+from flux_attention.route import Dense, Dial, Policy
+
+KV_LENGTH = 6000
+KV_PROMPTS = 10
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks at lengths, run routed and dense.
+
+    Attributes:
+        kv_tasks: tasks whose KV memory is measured by a real prefill of 6,000-token prompts.
+        kv_figure: name of that figure.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    n: int
+    kv_tasks: tuple[str, ...] = ()
+    kv_figure: str = ""
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("needle", ("needle1", "needle4"), (4096,), 200, ("needle1", "needle4"), "kv_bytes_needle_6k_vs_dense"),
+        Suite(
+            "continuation",
+            ("prose_continuation", "docstring_continuation", "code_completion"),
+            (4096,),
+            100,
+            ("docstring_continuation", "code_completion"),
+            "kv_bytes_holistic_6k_vs_dense",
+        ),
+        Suite("quick", ("needle1", "needle4", "docstring_continuation", "fewshot_topic"), (1536,), 4),
+    )
+}
+
+
+def get_suite(name: str) -> Suite:
+    if name not in SUITES:
+        raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """What a suite found: paired records and the figures made of them."""
+
+    suite: Suite
+    routed: Mapping[tuple[str, int], list[Record]]
+    dense: Mapping[tuple[str, int], list[Record]]
+    figures: tuple[Figure, ...]
+    kv_shares: tuple[float, ...]
+
+    def details(self) -> dict[str, Any]:
+        """Every sample, compactly, for the results file."""
+        samples = []
+        for (task, length), records in self.routed.items():
+            for ours, theirs in zip(records, self.dense[task, length], strict=True):
+                samples.append(
+                    {
+                        "task": task,
+                        "length": length,
+                        "index": ours.index,
+                        "tokens": ours.tokens,
+                        "depth": ours.depth,
+                        "sparsity": round(ours.sparsity, 4),
+                        "route": ours.route,
+                        "kv_share": round(ours.kv_share, 4),
+                        "score": ours.score,
+                        "score_dense": theirs.score,
+                        "nll": None if ours.nll is None else round(ours.nll, 5),
+                        "nll_dense": None if theirs.nll is None else round(theirs.nll, 5),
+                    }
+                )
+        return {"kv_shares": [round(share, 4) for share in self.kv_shares], "samples": samples}
+
+
+def run_suite(
+    controller: FluxAttention,
+    tokenizer: Any,
+    suite: Suite,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    policy: Policy | None = None,
+    dial: Dial | None = None,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> SuiteRun:
+    """Run a suite's samples routed and dense, on the same kernels, and compute its figures.
+
+    Args:
+        n: samples per task and length; None = the suite's.
+
+    Raises:
+        ValueError: fewer than 2 samples, or a length the model cannot take.
+    """
+    suite = suite if n is None else replace(suite, n=n)
+    if suite.n < 2:
+        raise ValueError(f"n must be at least 2 for an interval, got {suite.n}")
+    cells: dict[tuple[str, int], list[Sample]] = {
+        (task, length): make_samples(task, suite.n, length, seed, "test", tokenizer)
+        for task in suite.tasks
+        for length in suite.lengths
+    }
+    for samples in cells.values():
+        check_samples(controller, samples)
+    routed, dense = {}, {}
+    for key, samples in cells.items():
+        label = f"{key[0]} {key[1]}"
+        routed[key] = run_samples(
+            controller, tokenizer, samples, policy=policy, dial=dial, options=options, progress=progress, label=label
+        )
+        dense[key] = run_samples(
+            controller,
+            tokenizer,
+            samples,
+            policy=Dense(),
+            options=options,
+            progress=progress,
+            label=f"{label}, dense",
+        )
+    shares: list[float] = []
+    if suite.kv_figure:
+        prompts = [
+            sample
+            for task in suite.kv_tasks
+            for sample in make_samples(task, max(2, min(suite.n, KV_PROMPTS)), KV_LENGTH, seed, "test", tokenizer)
+        ]
+        with controller.using(policy, dial):
+            shares = kv_shares_held(controller, prompts, progress)
+    return SuiteRun(suite, routed, dense, tuple(_figures(suite, routed, dense, shares)), tuple(shares))
+
+
+@torch.no_grad()
+def kv_shares_held(
+    controller: FluxAttention, samples: Sequence[Sample], progress: Progress | None = None
+) -> list[float]:
+    """Bytes that the cache really holds after prefilling each prompt, over a dense cache's."""
+    check_samples(controller, samples)
+    found = []
+    batches = [samples[i] for i in range(len(samples))]
+    for sample in progress(batches, len(batches), "KV memory") if progress else batches:
+        cache = controller.new_cache()
+        ids = torch.tensor(sample.prompt_ids, device=controller.device)[None]
+        controller.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        found.append(cache.memory().share)
+    return found
+
+
+def _figures(
+    suite: Suite,
+    routed: Mapping[tuple[str, int], list[Record]],
+    dense: Mapping[tuple[str, int], list[Record]],
+    shares: Sequence[float],
+) -> list[Figure]:
+    make: Callable[..., list[Figure]] = {"needle": _needle, "continuation": _continuation}.get(suite.name, _quick)
+    figures = make(routed, dense)
+    if shares:
+        figures.append(Figure.of(suite.kv_figure, bootstrap_mean(shares), "ratio"))
+    return figures
+
+
+Cells = Mapping[tuple[str, int], list[Record]]
+
+
+def _scores(records: Sequence[Record]) -> list[float]:
+    return [r.score for r in records if r.score is not None]
+
+
+def _losses(records: Sequence[Record]) -> list[float]:
+    return [r.nll for r in records if r.nll is not None]
+
+
+def _sparsity(name: str, cells: Cells) -> Figure:
+    return Figure.of(name, bootstrap_mean([r.sparsity for records in cells.values() for r in records]), "share")
+
+
+def accuracy(records: Sequence[Record]) -> Estimate:
+    """Mean score with its interval: Wilson's where every score is right or wrong."""
+    scores = _scores(records)
+    if all(s in (0.0, 1.0) for s in scores):
+        return wilson(sum(scores), len(scores))
+    return bootstrap_mean(scores)
+
+
+def _needle(routed: Cells, dense: Cells) -> list[Figure]:
+    figures = []
+    for (task, length), records in routed.items():
+        name = f"{task}_{length // 1024}k"
+        reference = dense[task, length]
+        # Counted first: a ratio alone hides how good the dense model is.
+        figures.append(Figure.of(f"{name}_accuracy", accuracy(records), "share"))
+        figures.append(Figure.of(f"{name}_accuracy_dense", accuracy(reference), "share"))
+        if sum(_scores(reference)):
+            figures.append(Figure.of(f"{name}_vs_dense", paired_ratio(_scores(records), _scores(reference)), "ratio"))
+    return [*figures, _sparsity("needle_4k_sparsity", routed)]
+
+
+def _continuation(routed: Cells, dense: Cells) -> list[Figure]:
+    figures = []
+    for (task, length), records in routed.items():
+        ratio = paired_ratio(_losses(records), _losses(dense[task, length]))
+        figures.append(Figure.of(f"{task}_{length // 1024}k_nll_vs_dense", ratio, "ratio"))
+    ours, theirs = ([x for records in cells.values() for x in _losses(records)] for cells in (routed, dense))
+    figures.append(Figure.of("continuation_4k_nll_vs_dense", paired_ratio(ours, theirs), "ratio"))
+    figures.append(Figure.of("continuation_4k_nll_dense", bootstrap_mean(theirs), "nat"))
+    return [*figures, _sparsity("continuation_4k_sparsity", routed)]
+
+
+def _quick(routed: Cells, dense: Cells) -> list[Figure]:
+    figures = []
+    for key, records in routed.items():
+        task, reference = key[0], dense[key]
+        scored = bool(_scores(records))
+        values = (bootstrap_mean(_scores(r) if scored else _losses(r)) for r in (records, reference))
+        unit = "share" if scored else "nat"
+        for suffix, estimate in zip(("", "_dense"), values, strict=True):
+            figures.append(Figure.of(f"quick_{task}{suffix}", estimate, unit))
+    return [*figures, _sparsity("quick_sparsity", routed)]
