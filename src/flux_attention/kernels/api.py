@@ -131,9 +131,7 @@ def _offsets(lens: tuple[int, ...]) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------ ops
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float, impl: str = "auto"
-) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float, impl: str = "auto") -> Tensor:
     """Causal attention of each sequence over itself: the query at position t sees keys `k <= t`.
 
     `q [N, Hq, D]`, `k, v [M, Hk, D]` → `[N, Hq, D]`. `scale` multiplies the scores (usually `D ** -0.5`).
@@ -264,13 +262,12 @@ def xattention(
 ) -> Tensor:
     """Block-sparse attention over the blocks `select_blocks` picks (XAttention, Xu et al., arXiv 2503.16428).
 
-    Shapes as `dense_attention`. Gradients flow through the attention, not through the choice of blocks. Raises ValueError on bad shapes, sizes or gaps.
+    Shapes as `dense_attention`. Gradients flow through the attention, not through the choice of blocks. Raises
+    ValueError on bad shapes, sizes or gaps.
     """
     impl = _resolve("xattention", impl, q, block)
     select = {"reference": "reference", "flash4": "triton", "sdpa": "torch"}.get(impl, "auto")
-    blocks = select_blocks(
-        q, k, packing, block=block, stride=stride, threshold=threshold, scale=scale, impl=select
-    )
+    blocks = select_blocks(q, k, packing, block=block, stride=stride, threshold=threshold, scale=scale, impl=select)
     return block_sparse_attention(q, k, v, packing, blocks, block=block, scale=scale, impl=impl)
 
 
@@ -304,14 +301,14 @@ def select_blocks(
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"select_blocks: threshold must be in (0, 1], got {threshold}")
     impl = _resolve("select_blocks", impl, q)
-    from flux_attention.kernels import block_score, reference
-
-    fn = {
-        "reference": reference.select_blocks,
-        "torch": block_score.select_blocks_torch,
-        "triton": block_score.select_blocks_triton,
-    }[impl]
     with torch.no_grad():
+        if impl == "reference":
+            from flux_attention.kernels import reference
+
+            return reference.select_blocks(q, k, packing, block=block, stride=stride, threshold=threshold, scale=scale)
+        from flux_attention.kernels import block_score
+
+        fn = block_score.select_blocks_torch if impl == "torch" else block_score.select_blocks_triton
         return fn(q, k, packing, block=block, stride=stride, threshold=threshold, scale=scale)
 
 
@@ -524,9 +521,7 @@ def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> No
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"{op}: q and k must share the head dim, got {q.shape[2]} and {k.shape[2]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{op}: query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}"
-        )
+        raise ValueError(f"{op}: query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"{op}: q, k and v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:

@@ -113,7 +113,7 @@ def chosen_lists(chosen: Tensor, first: int, gradients: bool) -> BlockLists:
 
 
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts `[..., ]` and ascending columns `[..., n]` (int32, zeros behind) of the true entries of `mask [..., n]`."""
+    """Counts `[...]` and ascending columns `[..., n]`, int32, zeros behind, of the true entries of `mask [..., n]`."""
     rank = mask.cumsum(-1, dtype=torch.int32)
     n = mask.shape[-1]
     index = torch.zeros(*mask.shape[:-1], n + 1, dtype=torch.int32, device=mask.device)

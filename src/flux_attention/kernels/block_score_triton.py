@@ -33,7 +33,7 @@ def score_kernel(
         p_qh = p_q + i_q.to(tl.int64) * stride_qh
         p_kh = p_k + (i_q // group).to(tl.int64) * stride_kh
         b_s = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-        for i in range(0, STRIDE * (D // BLOCK_D)):
+        for i in range(STRIDE * (D // BLOCK_D)):
             i_t = i // (D // BLOCK_D)
             i_d = i % (D // BLOCK_D) * BLOCK_D
             o_q = o_a * STRIDE + i_t - start
@@ -41,8 +41,12 @@ def score_kernel(
             o_k = o_b * STRIDE + (STRIDE - 1 - i_t)
             m_q = (o_q >= 0) & (o_q < n_q)
             m_k = o_k < n_k
-            b_q = tl.load(p_qh + o_q.to(tl.int64)[:, None] * stride_qn + (i_d + o_d)[None, :], mask=m_q[:, None], other=0.0)
-            b_k = tl.load(p_kh + o_k.to(tl.int64)[:, None] * stride_kn + (i_d + o_d)[None, :], mask=m_k[:, None], other=0.0)
+            b_q = tl.load(
+                p_qh + o_q.to(tl.int64)[:, None] * stride_qn + (i_d + o_d)[None, :], mask=m_q[:, None], other=0.0
+            )
+            b_k = tl.load(
+                p_kh + o_k.to(tl.int64)[:, None] * stride_kn + (i_d + o_d)[None, :], mask=m_k[:, None], other=0.0
+            )
             b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
         b_s = tl.where(o_b[None, :] <= o_a[:, None], b_s * scale2, -float("inf"))
         # [BLOCK_A, blocks, ROWS]
@@ -69,7 +73,7 @@ def choose_kernel(
     o_j = tl.arange(0, BLOCK)
     m_j = (o_j <= own) & (o_j < n_blocks)
     b_mass = tl.zeros([BLOCK], tl.float32)
-    for r in range(0, ROWS):
+    for r in range(ROWS):
         t = (own * ROWS + r) * STRIDE
         # Rows without a single query carry no mass.
         if (t + STRIDE > start) & (t < start + n_q):
@@ -84,7 +88,7 @@ def choose_kernel(
     b_bits = b_mass.to(tl.int32, bitcast=True)
     low = tl.full([], 0, tl.int32)
     high = tl.max(b_bits, 0) + 1
-    for _ in range(0, 31):
+    for _ in range(31):
         middle = low + (high - low) // 2
         held = tl.sum(tl.where(b_bits >= middle, b_mass, 0.0), 0)
         enough = held >= target

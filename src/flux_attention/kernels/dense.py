@@ -21,9 +21,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None =
     if group > 1 and q.is_cuda and mask is not None:
         # Among the CUDA back ends only the memory-efficient one takes a mask, and it takes no grouped heads.
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1)
 
 
 def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float) -> Tensor:

@@ -45,7 +45,7 @@ def paged_decode_sdpa(
         out = torch.empty_like(q)
     if q.device.type != "cpu":
         return _gathered(q, k_pages, v_pages, page_table, lengths, scale, out)
-    rows, hq, dim = q.shape
+    _, hq, dim = q.shape
     page, hk = k_pages.shape[1:3]
     for s, n in enumerate(lengths.tolist()):
         if n == 0:
@@ -228,9 +228,7 @@ def tune(
     for config in configs if configs is not None else candidates(q):
         try:
             for _ in range(2):
-                paged_decode_triton(
-                    q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config
-                )
+                paged_decode_triton(q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config)
         except OutOfResources:
             continue
         # A graph, as in use: the host's launch cost would otherwise hide the differences.
@@ -238,9 +236,7 @@ def tune(
         torch.cuda.synchronize(q.device)
         with torch.cuda.graph(graph):
             for _ in range(repeats):
-                paged_decode_triton(
-                    q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config
-                )
+                paged_decode_triton(q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config)
         graph.replay()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

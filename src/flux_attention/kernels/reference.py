@@ -29,9 +29,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tens
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
-def _per_sequence(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, sink: int, mask: Mask, scale: float
-) -> Tensor:
+def _per_sequence(q: Tensor, k: Tensor, v: Tensor, packing: Packing, sink: int, mask: Mask, scale: float) -> Tensor:
     """Attend within each sequence; `mask` is called with true token positions, gaps undone."""
     pieces = [q.new_empty(0, *q.shape[1:])]
     for s in range(len(packing)):

@@ -50,7 +50,10 @@ def _one_sequence(
     if position < causal_end and gap == 0:
         n = causal_end - position
         out = _causal(
-            q[:n].transpose(0, 1)[None], k[:causal_end].transpose(0, 1)[None], v[:causal_end].transpose(0, 1)[None], scale
+            q[:n].transpose(0, 1)[None],
+            k[:causal_end].transpose(0, 1)[None],
+            v[:causal_end].transpose(0, 1)[None],
+            scale,
         )
         pieces.append(out[0].transpose(0, 1))
         position = causal_end
@@ -81,7 +84,7 @@ def _gather(x: Tensor, first: int, span: int, step: int, tiles: int, sink: int) 
     if tiles == 1:
         own = x[first : first + span]
         # With the window right behind the sinks the two are one stretch.
-        both = x[:span + sink] if first == sink else torch.cat([x[:sink], own])
+        both = x[: span + sink] if first == sink else torch.cat([x[:sink], own])
         return both.transpose(0, 1)[None]
     # [tiles, Hk, D, span], a view
     own = x[first : first + (tiles - 1) * step + span].unfold(0, span, step)
