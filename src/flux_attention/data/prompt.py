@@ -52,8 +52,8 @@ def chat_text(tokenizer: Any, user: str, prefix: str = "") -> str:
 
 def encode(tokenizer: Any, draft: Draft) -> Encoded:
     prompt = encode_text(tokenizer, chat_text(tokenizer, draft.user, draft.prefix))
-    # An answer that starts a turn or a line has no space before it.
-    space = " " if draft.prefix and not draft.prefix[-1].isspace() else ""
+    # An answer that starts a turn, a line or a quotation has no space before it.
+    space = "" if not draft.prefix or draft.prefix[-1].isspace() or draft.prefix[-1] in "\"'([{" else " "
     answer: list[int] = []
     spans = []
     for i, reference in enumerate(draft.references):
@@ -98,7 +98,9 @@ def fit(
             slope = (points[-1][1] - points[-2][1]) / (points[-1][0] - points[-2][0])
         else:
             slope = size / max(n, 1)
-        aim = n + int((0.98 * length - size) / max(slope, 1e-6))
+        # A size that hardly changed says little about the slope; no step goes far beyond what was seen.
+        slope = max(slope, 0.2 * size / max(n, 1))
+        aim = min(n + int((0.98 * length - size) / slope), 4 * max(n, 1))
         if high is not None:
             aim = min(aim, high - 1)
         aim = max(aim, low + 1 if low_size else least)

@@ -139,6 +139,7 @@ class FewShotClassification(TextTask):
     metric: str = "exact_match"
     theme: str = "topic"
     arbitrary: bool = False
+    in_reply: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,11 +163,12 @@ class FewShotClassification(TextTask):
             text, label = self._text(rng, rng.choice(labels))
             if text != query_text:
                 examples.append(form.format(text=text, label=shown[label]))
+        # The reply starts with the last few examples: broken by the turn's end, a small model loses the pattern.
         last = form.format(text=query_text, label="").rstrip()
-        tail = last.rsplit("\n", 1)[1]
-        user = "\n\n".join((intro, "\n\n".join(examples), last.rsplit("\n", 1)[0]))
+        user = "\n\n".join((intro, *examples[: -self.in_reply]))
+        prefix = "\n\n".join((*examples[-self.in_reply :], last))
         meta = {"phrasing": index, "examples": size, "theme": self.theme}
-        return Draft(user, tail, (shown[query_label],), meta=meta)
+        return Draft(user, prefix, (shown[query_label],), meta=meta)
 
     def _text(self, rng: random.Random, label: str) -> tuple[str, str]:
         subjects, events = _THEMES[self.theme][label]

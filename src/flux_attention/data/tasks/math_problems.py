@@ -20,8 +20,13 @@ _KINDS = {
 }
 
 
-@lru_cache(maxsize=8)
 def _read(path: str, question: str, solution: str) -> tuple[tuple[str, str], ...]:
+    # A file that changed is read again.
+    return _read_version(path, question, solution, Path(path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_version(path: str, question: str, solution: str, changed: int) -> tuple[tuple[str, str], ...]:
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

@@ -42,7 +42,7 @@ _RETRIEVAL_TRAIN = (
 class PassageRetrieval(TextTask):
     """Which numbered paragraph an excerpt comes from.
 
-    The excerpt opens the paragraph, right behind its number: a small model can then find the number by copying.
+    The number stands behind its paragraph and the excerpt ends it: a small model can then find it by copying.
     """
 
     metric: str = "exact_match"
@@ -56,15 +56,15 @@ class PassageRetrieval(TextTask):
         (intro, question), index = choose(rng, split, _RETRIEVAL_TRAIN, _RETRIEVAL_TEST)
         source = self.test_haystack if split == "test" else rng.choice(self.haystacks)
         # Numbers are drawn, so that the answer cannot be guessed from the depth.
-        labels = rng.sample(range(100, 1000), 900)[:size]
+        labels = rng.sample(range(10, 100), 90) if size <= 90 else rng.sample(range(100, 100 + 10 * size), size)
         depth = rng.random()
         texts = paragraphs(source, split, rng, size)
         asked = int(depth * size)
-        body = "\n\n".join(f"Paragraph {label}: {text}" for label, text in zip(labels, texts, strict=True))
-        excerpt = texts[asked][:160].rsplit(" ", 1)[0]
+        body = "\n\n".join(f"{text} (paragraph {label})" for label, text in zip(labels, texts, strict=False))
+        excerpt = texts[asked][-160:].split(" ", 1)[1]
         user = "\n\n".join((intro, body, question.format(excerpt=excerpt)))
         meta = {"haystack": source, "phrasing": index, "depth": round(depth, 3), "paragraphs": size}
-        return Draft(user, f'"{excerpt}" opens Paragraph', (str(labels[asked]),), meta=meta)
+        return Draft(user, f"{excerpt} (paragraph", (str(labels[asked]),), meta=meta)
 
 
 _COUNT_TEST = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flux_attention.data import words
 from flux_attention.data.prompt import Draft
 from flux_attention.data.tasks.base import TextTask, choose
+from flux_attention.data.tasks.passages import paragraphs
 
 _QUESTIONS = (
     ("In which city was {name} born?", "{name} was born in", "city"),
@@ -32,20 +33,33 @@ _TRAIN = (
 
 @dataclass(frozen=True, kw_only=True)
 class RowQA(TextTask):
-    """People with a birthplace, a year, a job and a belonging; one fact about one person is asked for."""
+    """People with a birthplace, a year, a job and a belonging; one fact about one person is asked for.
+
+    Args:
+        people: documents about people, among others of prose; None for people only, out of reach of the smallest
+            models.
+    """
 
     metric: str = "string_match_part"
+    people: int | None = 4
+    haystacks: tuple[str, ...] = ("topics",)
+    test_haystack: str = "docstrings"
 
     def sizes(self, length: int) -> tuple[int, int]:
-        return 4, max(4, (length - 150) // 42)
+        least = self.people or 4
+        return least, max(least, (length - 150) // (42 if self.people is None else 110))
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         (intro, ask), index = choose(rng, split, _TRAIN, _TEST)
+        source = self.test_haystack if split == "test" else rng.choice(self.haystacks)
         most = len(words.NAMES) * len(words.SURNAMES)
-        if size > most:
-            raise ValueError(f"task {self.name!r}: at most {most} rows have distinct names, the length asks for {size}")
+        count = size if self.people is None else self.people
+        if count > most:
+            raise ValueError(f"task {self.name!r}: {count} rows need distinct names, there are {most}")
+        # Where in the list the person stands must not depend on the list's size.
+        depth = rng.random()
         rows = []
-        for pair in rng.sample(range(most), size):
+        for pair in rng.sample(range(most), count):
             row = {
                 "name": f"{words.NAMES[pair % len(words.NAMES)]} {words.SURNAMES[pair // len(words.NAMES)]}",
                 "city": rng.choice(words.CITIES),
@@ -56,16 +70,19 @@ class RowQA(TextTask):
             }
             row["thing"] = f"{row['adjective']} {row['thing']}"
             rows.append(row)
-        # Where in the list the person stands must not depend on the list's size.
-        depth = rng.random()
-        asked = int(depth * size)
         question, prefix, field = rng.choice(_QUESTIONS)
-        texts = [
-            f"Document {i}:\n{row['name']} was born in {row['city']} in {row['year']} and works as a {row['job']}. "
+        bodies = [
+            f"{row['name']} was born in {row['city']} in {row['year']} and works as a {row['job']}. "
             f"{row['name']} keeps a {row['thing']} at home."
-            for i, row in enumerate(rows, 1)
+            for row in rows
         ]
-        row = rows[asked]
+        asked = int(depth * size)
+        row = rows[0]
+        bodies, first = bodies[1:], bodies[0]
+        bodies += paragraphs(source, split, rng, size - count)
+        rng.shuffle(bodies)
+        bodies.insert(asked, first)
+        texts = [f"Document {i}:\n{body}" for i, body in enumerate(bodies, 1)]
         user = "\n\n".join((intro, *texts, ask.format(question=question.format(**row))))
         meta = {"phrasing": index, "depth": round(depth, 3), "rows": size, "field": field}
-        return Draft(user, "Answer: " + prefix.format(**row), (row[field],), meta=meta)
+        return Draft(user, prefix.format(**row), (row[field],), meta=meta)

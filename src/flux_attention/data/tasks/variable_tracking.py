@@ -40,10 +40,16 @@ _TRAIN = (
 
 @dataclass(frozen=True, kw_only=True)
 class VariableTracking(TextTask):
-    """`chains` chains of `hops` assignments each; one chain's value is asked for. Scored as a share of variables."""
+    """`chains` chains of `hops` assignments each; one chain's value is asked for. Scored as a share of variables.
+
+    Args:
+        forward: write "Copy VAR A to VAR B." instead of "VAR B = VAR A.": what follows a name in the text is then
+            what follows it in the answer, which small models can do.
+    """
 
     chains: int = 1
     hops: int = 4
+    forward: bool = False
     haystacks: tuple[str, ...] = ("filler", "topics")
     test_haystack: str = "ruler_filler"
 
@@ -60,9 +66,7 @@ class VariableTracking(TextTask):
         chains = [letters[i * (self.hops + 1) : (i + 1) * (self.hops + 1)] for i in range(self.chains)]
         lines = []
         for chain, value in zip(chains, values, strict=True):
-            steps = [f"VAR {chain[0]} = {value}."]
-            steps += [f"VAR {after} = VAR {before}." for before, after in pairwise(chain)]
-            lines.append(steps)
+            lines.append(self._steps(chain, value))
         # Chains interleave, but each keeps its order: an assignment never precedes what it copies.
         order = [i for i in range(self.chains) for _ in range(self.hops + 1)]
         rng.shuffle(order)
@@ -70,7 +74,15 @@ class VariableTracking(TextTask):
         pieces = haystack(source, split, rng, size)
         depths = spread(rng, pieces, [next(taken[i]) for i in order])
         asked = rng.randrange(self.chains)
+        sign, sep = ("VAR ", " to") if self.forward else ("", ",")
         fields = {"value": values[asked], "count": str(self.hops + 1)}
         user = "\n\n".join((intro, joiner(source).join(pieces), question.format(**fields)))
         meta = {"haystack": source, "phrasing": index, "depth": depths[0], "depths": depths}
-        return Draft(user, prefix.format(**fields), tuple(chains[asked]), meta=meta)
+        return Draft(user, prefix.format(**fields), tuple(f"{sign}{name}" for name in chains[asked]), sep, meta=meta)
+
+    def _steps(self, chain: list[str], value: str) -> list[str]:
+        if self.forward:
+            first = f"Set {value} to VAR {chain[0]}."
+            return [first] + [f"Copy VAR {before} to VAR {after}." for before, after in pairwise(chain)]
+        first = f"VAR {chain[0]} = {value}."
+        return [first] + [f"VAR {after} = VAR {before}." for before, after in pairwise(chain)]

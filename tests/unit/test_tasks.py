@@ -1,0 +1,259 @@
+"""Generators: repeatable, of the asked length, answerable, and with nothing of the test split in training."""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from flux_attention.data import (
+    METRICS,
+    TASK_CLASSES,
+    TASKS,
+    Sample,
+    corpus,
+    get_task,
+    make_sample,
+    make_samples,
+    training_tasks,
+)
+from flux_attention.data.prompt import Draft, encode, fit
+from flux_attention.data.tasks import ALIASES, MathProblems, Needle
+
+LENGTH = 1200
+
+
+class WordTokenizer:
+    """Words, digits, spaces and signs are tokens, so that ids map back to the text."""
+
+    chat_template = "plain"
+    eos_token_id = 0
+
+    def __init__(self):
+        self.ids: dict[str, int] = {"<eos>": 0}
+        self.names: list[str] = ["<eos>"]
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert add_generation_prompt
+        assert not tokenize
+        return f"<user>\n{messages[0]['content']}<end>\n<assistant>\n"
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        result = []
+        for token in re.findall(r" ?[^\W\d]{1,6}| ?\d|\s|[^\w\s]|_", text):
+            if token not in self.ids:
+                self.ids[token] = len(self.names)
+                self.names.append(token)
+            result.append(self.ids[token])
+        return {"input_ids": result}
+
+    def decode(self, ids):
+        return "".join(self.names[i] for i in ids)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return WordTokenizer()
+
+
+@pytest.fixture(scope="module")
+def drawn(tokenizer):
+    """Two samples of every task and split."""
+    return {
+        (name, split): make_samples(name, 2, LENGTH, 3, split, tokenizer) for name in TASKS for split in corpus.SPLITS
+    }
+
+
+def test_registry_is_complete():
+    assert {task.task_class for task in TASKS.values()} == set(TASK_CLASSES)
+    assert {task.metric for task in TASKS.values()} <= set(METRICS)
+    assert sum(task.held_out for task in TASKS.values()) >= 4
+    assert not any(task.held_out for task in training_tasks().values())
+    assert get_task("needle1") is TASKS[ALIASES["needle1"]]
+
+
+def test_lengths(drawn):
+    for (name, split), samples in drawn.items():
+        for sample in samples:
+            assert 0.7 * LENGTH <= len(sample) <= LENGTH, (name, split, len(sample))
+
+
+def test_same_seed_same_sample(drawn, tokenizer):
+    for name in TASKS:
+        assert make_sample(name, 1, LENGTH, 3, "test", tokenizer) == drawn[name, "test"][1]
+
+
+def test_seeds_indices_and_splits_differ(drawn, tokenizer):
+    for name in TASKS:
+        first, second = drawn[name, "test"]
+        assert first.prompt_ids != second.prompt_ids
+        assert first.prompt_ids != make_sample(name, 0, LENGTH, 4, "test", tokenizer).prompt_ids
+        assert first.prompt_ids != drawn[name, "train"][0].prompt_ids
+
+
+def test_retrieval_answers_stand_in_the_prompt_and_spans_cover_them(drawn, tokenizer):
+    counted = {"passage_count"}  # its answer is a number of paragraphs
+    for (name, _), samples in drawn.items():
+        for sample in samples:
+            if sample.metric == "nll":
+                continue
+            prompt = tokenizer.decode(sample.prompt_ids)
+            assert len(sample.spans) == len(sample.answers)
+            for (start, end), answer in zip(sample.spans, sample.answers, strict=True):
+                assert tokenizer.decode(sample.answer_ids[start:end]).strip() == answer
+                if sample.task_class == "retrieval" and name not in counted:
+                    assert answer in prompt, name
+
+
+def test_single_needle_is_asked_for_once(drawn, tokenizer):
+    for sample in drawn["niah_single_2", "test"]:
+        prompt = tokenizer.decode(sample.prompt_ids)
+        assert prompt.count(sample.answers[0]) == 1
+        assert 0 <= sample.meta["depth"] <= 1
+        assert sample.meta["haystack"] == "docstrings"
+
+
+def test_multivalue_answers_follow_the_text(drawn, tokenizer):
+    for sample in drawn["niah_multivalue", "test"]:
+        prompt = tokenizer.decode(sample.prompt_ids)
+        places = [prompt.index(answer) for answer in sample.answers]
+        assert places == sorted(places)
+        assert len(places) == 4
+
+
+@pytest.mark.parametrize("name", ["variable_tracking", "variable_copies"])
+def test_assignments_come_in_order(drawn, tokenizer, name):
+    for sample in drawn[name, "test"]:
+        prompt = tokenizer.decode(sample.prompt_ids)
+        places = [re.search(rf"(VAR|to VAR) {a.removeprefix('VAR ')}\b", prompt).start() for a in sample.answers]
+        assert places == sorted(places)
+
+
+def test_passage_labels_and_kv_entries_are_right(drawn, tokenizer):
+    for sample in drawn["passage_retrieval", "test"]:
+        prompt = tokenizer.decode(sample.prompt_ids)
+        tail = prompt.rsplit("<assistant>\n", 1)[1]
+        assert prompt.count(f"{tail} {sample.answers[0]})") == 1
+    for sample in drawn["kv_lookup_numbers", "test"]:
+        prompt = tokenizer.decode(sample.prompt_ids)
+        tail = prompt.rsplit("<assistant>\n", 1)[1]
+        assert prompt.count(f'{tail}{sample.answers[0]}"') == 1
+
+
+def test_frequent_words_are_the_most_frequent(drawn, tokenizer):
+    for sample in drawn["frequent_words", "test"]:
+        a, b, c = sample.meta["counts"]
+        assert a > b > c > 0
+
+
+def test_continuation_is_the_source(drawn, tokenizer):
+    for name in ("code_completion", "prose_continuation"):
+        for sample in drawn[name, "test"]:
+            assert len(sample.answer_ids) == 128
+            source = "".join(d.text for d in corpus.documents(sample.meta["source"], "test"))
+            found = tokenizer.decode(sample.prompt_ids[-20:] + sample.answer_ids[:100])
+            assert "".join(found.split()) in "".join(re.findall(r"[^\W\d]|\d|[^\w\s]|_", source))
+
+
+def test_splits_share_no_document_and_training_no_test_haystack():
+    for source in ("topics", "docstrings", "code"):
+        names = [{d.name for d in corpus.documents(source, split)} for split in corpus.SPLITS]
+        assert names[0]
+        assert names[1]
+        assert not names[0] & names[1]
+    # Docstrings are part of modules: test docstrings must come from modules whose code is never trained on.
+    code = {d.name for d in corpus.documents("code", "train")}
+    assert not code & {d.name for d in corpus.documents("docstrings", "test")}
+    for task in training_tasks().values():
+        test_haystack = getattr(task, "test_haystack", None)
+        if test_haystack not in (None, "needles"):
+            assert test_haystack not in task.haystacks, task.name
+
+
+def test_training_phrasings_are_not_tested(drawn, tokenizer):
+    ruler = "special magic number for"
+    assert not any(
+        ruler in tokenizer.decode(s.prompt_ids)
+        for (name, split), samples in drawn.items()
+        if split == "train"
+        for s in samples
+        if not name.endswith("multivalue")
+    )
+
+
+def test_too_short_a_length_says_which_task(tokenizer):
+    for name in TASKS:
+        with pytest.raises(ValueError, match=name):
+            make_samples(name, 1, 40, 0, "test", tokenizer)
+
+
+def test_bad_arguments(tokenizer):
+    with pytest.raises(ValueError, match="unknown task 'nope'"):
+        get_task("nope")
+    with pytest.raises(ValueError, match="split"):
+        make_samples("needle1", 1, 500, 0, "valid", tokenizer)
+    with pytest.raises(ValueError, match="n must be positive"):
+        make_samples("needle1", 0, 500, 0, "test", tokenizer)
+    with pytest.raises(ValueError, match="asked"):
+        Needle(name="x", keys=1, asked=2)
+    with pytest.raises(ValueError, match="unknown text source"):
+        replace(TASKS["niah_single_2"], test_haystack="nope").sample(random.Random(0), tokenizer, 500, "test")
+    with pytest.raises(ValueError, match="metric"):
+        Sample("t", "retrieval", (1,), (2,), ("x",), "bleu")
+    with pytest.raises(ValueError, match="span"):
+        Sample("t", "retrieval", (1,), (2,), ("x",), "f1", spans=((0, 2),))
+
+
+def test_fit_uses_the_room_and_refuses_too_little(tokenizer):
+    def build(n):
+        return Draft("word " * n, "It is", ("yes",))
+
+    for length in (30, 97, 1003):
+        _, encoded = fit(tokenizer, length, build, least=1, guess=5, name="t")
+        assert 0.8 * length <= len(encoded) <= length
+    with pytest.raises(ValueError, match="does not fit"):
+        fit(tokenizer, 8, build, least=1, guess=5, name="t")
+
+
+def test_answers_join_the_prefix(tokenizer):
+    draft = Draft("q", 'The "key": "', ("123", "45"))
+    encoded = encode(tokenizer, draft)
+    assert tokenizer.decode(encoded.answer_ids) == "123, 45"
+    assert [tokenizer.decode(encoded.answer_ids[a:b]).strip() for a, b in encoded.spans] == ["123", "45"]
+    assert tokenizer.decode(encode(tokenizer, replace(draft, prefix="It is")).answer_ids) == " 123, 45"
+
+
+def test_external_texts(tmp_path, monkeypatch):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f'{{"text": "Row {i} is here. It says {i}."}}\n' for i in range(30)))
+    monkeypatch.setattr(corpus, "SOURCES", dict(corpus.SOURCES))
+    corpus.add_jsonl_source("mine", path)
+    train, test = (corpus.documents("mine", split) for split in corpus.SPLITS)
+    assert len(train) + len(test) == 30
+    assert train
+    assert test
+    with pytest.raises(ValueError, match="exists already"):
+        corpus.add_jsonl_source("mine", path)
+    path.write_text('{"text": "fine"}\n{"txt": "no"}\n')
+    with pytest.raises(ValueError, match=r"row 2.*'text'"):
+        corpus.read_jsonl_texts(path)
+
+
+def test_math_problems(tmp_path, tokenizer):
+    path = tmp_path / "g.jsonl"
+    path.write_text(
+        "".join(f'{{"question": "What is {i} + {i}?", "answer": "Add them.\\n#### {2 * i}"}}\n' for i in range(40))
+    )
+    task = MathProblems(name="gsm8k", kind="gsm8k", path=str(path))
+    sample = make_sample(task, 0, 400, 0, "test", tokenizer)
+    assert 0.8 * 400 <= len(sample) <= 400
+    assert sample.metric == "number_match"
+    row = sample.meta["row"] - 1
+    assert sample.answers == (str(2 * row),)
+    assert tokenizer.decode(sample.prompt_ids).count(f"What is {row} + {row}?") == 1
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        MathProblems(name="gsm8k", kind="gsm8k", path="nothing.jsonl")
+    path.write_text('{"question": "a?"}\n')
+    with pytest.raises(ValueError, match=r"row 1: field 'answer'"):
+        make_sample(task.__class__(name="g", kind="gsm8k", path=str(path), shots=0), 0, 400, 0, "test", tokenizer)
