@@ -447,6 +447,4 @@ def _decode(
 def _left_pad(prompts: Sequence[Tensor], device: torch.device) -> Tensor:
     """Prompts as one tensor for logits processors; a short prompt repeats its first token on the left."""
     columns = max(p.numel() for p in prompts)
-    return torch.stack(
-        [torch.cat((p[:1].expand(columns - p.numel()), p)).to(device) for p in prompts]
-    )
+    return torch.stack([torch.cat((p[:1].expand(columns - p.numel()), p)).to(device) for p in prompts])

@@ -191,4 +191,5 @@ def straight_through_gate(logits: Tensor, temperature: float, noise: Tensor | No
         raise ValueError(f"temperature must be positive, got {temperature}")
     soft = ((logits if noise is None else logits + noise) / temperature).softmax(-1)[..., 1]
     hard = (soft > 0.5).to(soft.dtype)
-    return hard + soft - soft.detach()
+    # Bracketed so that the forward value is exactly 0 or 1.
+    return hard + (soft - soft.detach())

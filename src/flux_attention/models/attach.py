@@ -138,9 +138,7 @@ class Layout:
         # A chunk of a left-padded batch may hold nothing of a short row; a whole prompt may not be empty.
         if cache is None and any(int(n) == 0 for n in counts):
             raise ValueError("the prompt is empty: attention_mask leaves a row without tokens")
-        return cls(
-            batch, columns, tuple(range(batch)), tuple(starts.tolist()), tuple(counts.tolist()), tuple(past)
-        )
+        return cls(batch, columns, tuple(range(batch)), tuple(starts.tolist()), tuple(counts.tolist()), tuple(past))
 
     @classmethod
     def _packed(cls, batch: int, position_ids: Tensor) -> Layout | None:
@@ -501,7 +499,7 @@ class FluxAttention:
                 step.route = Route.full(layers, sequences)
             else:
                 if not self.dial.is_open:
-                    raise ValueError("a sparsity dial ranks all layers, so it needs a router_input of \"probe\"")
+                    raise ValueError('a sparsity dial ranks all layers, so it needs a router_input of "probe"')
                 step.inline = True
                 step.keep_short_full = tuple(short)
                 step.decisions = [None] * layers
