@@ -22,7 +22,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.route import Route
 
 
-class PoolExhausted(RuntimeError):
+class PoolExhaustedError(RuntimeError):
     """The page pool cannot hold a request. Nothing was written; other requests are unharmed."""
 
 
@@ -65,12 +65,12 @@ class PagePool:
         return 2 * self.page_tokens * self.keys.shape[2] * self.keys.shape[3] * self.keys.element_size()
 
     def require(self, pages: int) -> None:
-        """Make `pages` pages free, or raise `PoolExhausted` with the bytes needed and had."""
+        """Make `pages` pages free, or raise `PoolExhaustedError` with the bytes needed and had."""
         short = pages - len(self._free)
         if short <= 0:
             return
         if self.max_pages is not None:
-            raise PoolExhausted(
+            raise PoolExhaustedError(
                 f"the KV page pool needs {pages * self.page_bytes:,} bytes ({pages} pages of {self.page_tokens} "
                 f"tokens) and has {len(self._free) * self.page_bytes:,} free of {self.num_pages * self.page_bytes:,}; "
                 "use fewer or shorter prompts, a higher sparsity or a larger pool"
@@ -281,7 +281,7 @@ class FluxCache(Cache):
         return total
 
     def reserve(self, tokens: Sequence[int]) -> None:
-        """Check, before any work, that `tokens[row]` more tokens fit; raises `PoolExhausted` and changes nothing."""
+        """Check, before any work, that `tokens[row]` more tokens fit; raises `PoolExhaustedError` and changes nothing."""
         if self.pool is not None and self.pool.max_pages is not None:
             need = sum(
                 max(0, self.pages_needed(layer, row, n) - len(self._pages[layer][row]))

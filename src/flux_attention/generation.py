@@ -199,7 +199,7 @@ def prefill(
     `max_new_tokens` pages are accounted for as well, so that generation cannot run out half way.
 
     Raises:
-        PoolExhausted: before any work, when the pool cannot hold the prompts and what is generated after them.
+        PoolExhaustedError: before any work, when the pool cannot hold the prompts and what is generated after them.
     """
     backbone = controller.config.backbone
     assert backbone is not None and cache.route is not None
@@ -279,7 +279,7 @@ def generate(
     Raises:
         ValueError: empty prompts, prompts over the model's context, unsupported options, an inline router with a
             prompt longer than `chunk_tokens`.
-        PoolExhausted: the pool cannot hold the request; nothing was computed.
+        PoolExhaustedError: the pool cannot hold the request; nothing was computed.
     """
     controller = attached(model)
     config = generation_config or model.generation_config

@@ -8,6 +8,7 @@ Shapes: `S` sequences, `K ≤ 2·pool_tokens` pooled tokens, `L` routable layers
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,9 @@ class LayerRouter(nn.Module):
         full_bias: initial bias of the "full" logit; the last weight starts at 0, so training starts dense.
     """
 
+    input_mean: Tensor
+    input_scale: Tensor
+
     def __init__(self, num_layers: int, head_dim: int, full_bias: float = 4.5) -> None:
         super().__init__()
         if num_layers < 1 or head_dim < 1:
@@ -118,7 +122,7 @@ class LayerRouter(nn.Module):
 
     @staticmethod
     def _pairs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-        return list(zip(sizes[:-1], sizes[1:], strict=True))
+        return list(itertools.pairwise(sizes))
 
     def reset_parameters(self) -> None:
         for weight, bias in zip(self.weights, self.biases, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from flux_attention.cache import PagePool, PoolExhausted
+from flux_attention.cache import PagePool, PoolExhaustedError
 from flux_attention.generation import generate
 from flux_attention.models.attach import attach
 from flux_attention.route import Dial, Fixed, Route
@@ -84,7 +84,7 @@ def test_small_pool_is_refused_before_any_work():
     attach(model, CONFIG)
     prompts = make_prompts(*LENGTHS)
     pool = PagePool(16, 2, 16, torch.float32, "cpu", max_pages=20)
-    with pytest.raises(PoolExhausted, match=r"needs [\d,]+ bytes .* has [\d,]+ free"):
+    with pytest.raises(PoolExhaustedError, match=r"needs [\d,]+ bytes .* has [\d,]+ free"):
         generate(model, prompts, max_new_tokens=4, pool=pool, route=Route.full(4, 3))
     assert pool.free_pages == 20
     # A request that fits is unharmed, and gives its pages back.

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from flux_attention.cache import FluxCache, PagePool, PoolExhausted
+from flux_attention.cache import FluxCache, PagePool, PoolExhaustedError
 from flux_attention.config import FluxConfig
 from flux_attention.route import Route
 
@@ -121,7 +121,7 @@ def test_triangle_and_xattention_keep_everything():
 
 def test_pool_too_small_says_so_and_changes_nothing():
     cache = make(max_pages=10)
-    with pytest.raises(PoolExhausted, match=r"needs [\d,]+ bytes \(\d+ pages of 4 tokens\) and has"):
+    with pytest.raises(PoolExhaustedError, match=r"needs [\d,]+ bytes \(\d+ pages of 4 tokens\) and has"):
         cache.reserve([40, 40, 40])
     assert cache.pool is not None and cache.pool.free_pages == 10
     cache.reserve([4, 4, 4])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_dial_moves_the_least_certain_layers_first():
     assert route.with_dial(Dial()) is route
     # One after the other, the routes of a prompt are nested.
     nested = [route.with_dial(Dial(k / 4, k / 4)).use_full for k in range(5)]
-    assert all(bool((a | ~b).all()) for a, b in zip(nested, nested[1:], strict=False))
+    assert all(bool((a | ~b).all()) for a, b in itertools.pairwise(nested))
     assert [r.float().sum(0).tolist() for r in nested] == [[4 - k] * 2 for k in range(5)]
 
 

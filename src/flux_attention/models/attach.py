@@ -223,7 +223,8 @@ class FluxAttention:
 
     def __init__(self, model: PreTrainedModel, config: FluxConfig, router: LayerRouter) -> None:
         self.model = model
-        self.decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        # transformers types a module's attributes as Tensor | Module; a decoder also has its config and layers.
+        self.decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.family = family_of(self.decoder.config.model_type)
         self.config = config
         assert config.backbone is not None
@@ -251,7 +252,7 @@ class FluxAttention:
         # Registering is idempotent and does nothing for models that do not name this implementation.
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
-        for index, layer in enumerate(self.decoder.layers):  # type: ignore[arg-type]
+        for index, layer in enumerate(self.decoder.layers):
             module = getattr(layer, self.family.attention)
             routable = self.layers.index(index) if index in self.layers else None
             module._flux_attention = (self, routable)
@@ -350,7 +351,7 @@ class FluxAttention:
         # Only prompts that can gain are probed, but every sequence keeps its column.
         probed = self.probe([p for p, r in zip(prompts, routed, strict=True) if r])
         found = Route.from_scores(self.router.p_full(probed)).with_dial(self.dial)
-        order = torch.tensor([r for r in routed], dtype=torch.long).cumsum(0).sub(1).clamp_min(0)
+        order = torch.tensor(routed, dtype=torch.long).cumsum(0).sub(1).clamp_min(0)
         return found.select(order).where(routed, full)
 
     @torch.no_grad()
@@ -665,8 +666,10 @@ class FluxAttention:
         layout, cache = step.layout, step.cache
         assert step.route is not None
         use_full = step.route.use_full[layer].tolist()
-        sides = ((self.full_mode, [s for s, f in enumerate(use_full) if f]),)
-        sides += ((self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),)
+        sides = (
+            (self.full_mode, [s for s, f in enumerate(use_full) if f]),
+            (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
+        )
         out: Tensor | None = None
         for mode, members in sides:
             if not members:

@@ -30,7 +30,7 @@ class Family:
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Queries before RoPE, `hidden [S, K, hidden]` → `[S, K, Hq, D]`."""
         queries: Tensor = getattr(attention, self.query)(hidden)
-        queries = queries.unflatten(-1, (-1, attention.head_dim))  # type: ignore[arg-type]
+        queries = queries.unflatten(-1, (-1, attention.head_dim))
         if self.query_norm is not None:
             queries = getattr(attention, self.query_norm)(queries)
         return queries
