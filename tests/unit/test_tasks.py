@@ -137,8 +137,8 @@ def test_passage_labels_and_kv_entries_are_right(drawn, tokenizer):
         assert prompt.count(f"{tail} {sample.answers[0]})") == 1
     for sample in drawn["kv_lookup_numbers", "test"]:
         prompt = tokenizer.decode(sample.prompt_ids)
-        tail = prompt.rsplit("<assistant>\n", 1)[1]
-        assert prompt.count(f'{tail}{sample.answers[0]}"') == 1
+        key = prompt.rsplit("<assistant>\n", 1)[1].split('"')[1]
+        assert prompt.count(f'"{key}": "{sample.answers[0]}"') == 1
 
 
 def test_frequent_words_are_the_most_frequent(drawn, tokenizer):

@@ -62,5 +62,4 @@ class KeyValueLookup(TextTask):
         body = ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in zip(keys, values, strict=True))
         user = f"{intro}\n{{\n{body}\n}}\n{question.format(key=keys[asked])}"
         meta = {"phrasing": index, "depth": round(depth, 3), "entries": size}
-        # The reply repeats the entry as it stands in the object.
-        return Draft(user, f'"{keys[asked]}": "', (values[asked],), meta=meta)
+        return Draft(user, f'The value of "{keys[asked]}" is "', (values[asked],), meta=meta)
