@@ -1,0 +1,5 @@
+"""The command `flux-attn`."""
+
+from flux_attention.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,373 @@
+"""The commands of `flux-attn`. Heavy imports wait inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="flux-attn",
+    help="Context-aware hybrid attention: a small router picks full or sparse attention per layer and request, on a "
+    "frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+SMOLLM2 = "smollm2"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "--backbone", "-m", help="'smollm2', a folder, or a Hub id of a causal LM.", show_default=True
+    ),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option("--adapter", "-a", help="Folder, Hub id or shipped name; by default the shipped one that fits."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16.")]
+PolicyOption = Annotated[
+    str,
+    typer.Option(
+        "--policy", help="router, dense, sparse, interleaved:SHARE, random:SHARE[:SEED] or static:LAYER,LAYER,…"
+    ),
+]
+MinSparsity = Annotated[float, typer.Option("--min-sparsity", help="Least share of layers that run sparse, 0 to 1.")]
+MaxSparsity = Annotated[float, typer.Option("--max-sparsity", help="Largest share of layers that run sparse, 0 to 1.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt text; may be given several times.")]
+Files = Annotated[list[Path] | None, typer.Option("--file", "-f", help="File with a prompt, - for standard input.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of samples and sampling.")]
+Record = Annotated[bool, typer.Option("--record", help="Write the figures to benchmarks/results.")]
+Commit = Annotated[
+    str | None, typer.Option("--commit", help="Commit to record, where the code is not in a git checkout.")
+]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    # Read by `main`, which sees the arguments first; declared here for --help.
+    del debug
+
+
+@app.command()
+def demo(
+    model: Model = SMOLLM2,
+    adapter: AdapterOption = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a prompt.")] = 6000,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to write for each prompt.")] = 24,
+    rounds: Annotated[int, typer.Option("--rounds", help="Repetitions, as far as time allows.")] = 2,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("flux-demo"),
+    device: Device = "auto",
+    dtype: DType = "auto",
+    record: Record = False,
+    commit: Commit = None,
+) -> None:
+    """Answer two long prompts with and without routing; show routes, memory and time, and write a report."""
+    console = _console()
+    for name, value in (("--length", length), ("--new-tokens", new_tokens), ("--rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    with console.status("loading torch and the model"):
+        from flux_attention.cli.demo import run_demo
+        from flux_attention.cli.session import choose_device, choose_dtype, find_adapter, quiet
+        from flux_attention.models.adapter import load_adapter
+        from flux_attention.models.backbones import load_backbone
+
+        # Looked for first: loading the model only to miss the adapter would waste the user's time.
+        loaded = None if adapter is None else load_adapter(adapter)
+        where = choose_device(device)
+        quiet()
+        backbone, tokenizer = load_backbone(model, dtype=choose_dtype(dtype, where), device=where)
+        if loaded is None:
+            loaded = find_adapter(backbone)
+    console.print(f"[bold]{backbone.config.name_or_path}[/bold] with adapter [bold]{loaded.source}[/bold]")
+    run_demo(
+        backbone,
+        tokenizer,
+        loaded,
+        console,
+        length=length,
+        new_tokens=new_tokens,
+        seed=seed,
+        rounds=rounds,
+        folder=out,
+        record=record,
+        commit=commit,
+    )
+
+
+@app.command()
+def generate(
+    model: Model = SMOLLM2,
+    adapter: AdapterOption = None,
+    prompt: Prompts = None,
+    file: Files = None,
+    raw: Raw = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 = greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus sampling, in (0, 1].")] = 1.0,
+    seed: Seed = 0,
+    policy: PolicyOption = "router",
+    min_sparsity: MinSparsity = 0.0,
+    max_sparsity: MaxSparsity = 1.0,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Answer a prompt with routed attention; the route and the memory go to the error stream."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"--temperature must be at least 0 and --top-p in (0, 1], got {temperature} and {top_p}")
+    from flux_attention.cli.session import encode_prompt, open_session, read_prompts, route_row
+    from flux_attention.cli.terminal import print_routes
+
+    prompts = read_prompts(prompt, file)
+    notes = _console(stderr=True)
+    with notes.status("loading"):
+        session = _open(open_session, model, adapter, policy, min_sparsity, max_sparsity, device, dtype)
+    import torch
+    from transformers import GenerationConfig
+
+    from flux_attention.generation import generate as answer
+
+    ids = [encode_prompt(session, text, raw) for _, text in prompts]
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    stop = session.model.generation_config.eos_token_id
+    config = GenerationConfig(eos_token_id=stop, max_new_tokens=max_new_tokens, **sampling)
+    generator = torch.Generator(session.controller.device).manual_seed(seed)
+    with session.using():
+        found = answer(session.model, ids, generation_config=config, generator=generator)
+    for i, (label, _) in enumerate(prompts):
+        if len(prompts) > 1:
+            notes.rule(label, align="left")
+        print(session.tokenizer.decode(found.tokens[i], skip_special_tokens=True).strip(), flush=True)
+    notes.print()
+    print_routes(notes, [route_row(label, found.route, i) for i, (label, _) in enumerate(prompts)])
+    memory, tokens = found.memory, sum(map(len, found.tokens))
+    notes.print(
+        f"[dim]KV cache {memory.held / 1e6:.1f} MB, {memory.share:.0%} of dense · route {found.route_seconds:.2f} s, "
+        f"prefill {found.prefill_seconds:.2f} s, {tokens / max(found.decode_seconds, 1e-9):.1f} tokens/s[/dim]"
+    )
+
+
+@app.command()
+def route(
+    model: Model = SMOLLM2,
+    adapter: AdapterOption = None,
+    prompt: Prompts = None,
+    file: Files = None,
+    raw: Raw = False,
+    policy: PolicyOption = "router",
+    min_sparsity: MinSparsity = 0.0,
+    max_sparsity: MaxSparsity = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, for programs.")] = False,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Also write a heat map (PNG) here.")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Show which layers a prompt gets full attention in: a heat row per prompt, and its sparsity Ω."""
+    from flux_attention.cli.session import encode_prompt, open_session, read_prompts, route_of, route_row
+    from flux_attention.cli.terminal import print_routes
+
+    prompts = read_prompts(prompt, file)
+    notes = _console(stderr=True)
+    with notes.status("loading"):
+        session = _open(open_session, model, adapter, policy, min_sparsity, max_sparsity, device, dtype)
+    rows = []
+    for label, text in prompts:
+        ids = encode_prompt(session, text, raw)
+        row = route_row(f"{label} ({ids.numel():,} tokens)", route_of(session, ids))
+        rows.append(row)
+        if as_json:
+            shown = {"prompt": label, "tokens": ids.numel(), "sparsity": row.sparsity, "use_full": list(row.use_full)}
+            print(json.dumps({**shown, "p_full": None if row.p_full is None else list(row.p_full)}, ensure_ascii=False))
+    if not as_json:
+        print_routes(_console(), rows)
+        short = session.controller.config.min_routed_tokens
+        notes.print(f"[dim]prompts of at most {short:,} tokens gain nothing and stay dense[/dim]")
+    if figure is not None:
+        from flux_attention.report import route_heat_map, save_png
+
+        save_png(route_heat_map(rows), figure)
+        notes.print(f"figure: {figure}")
+
+
+@app.command(name="eval")
+def evaluate(
+    suite: Annotated[str, typer.Option("--suite", "-s", help="needle, continuation or quick.")] = "quick",
+    model: Model = SMOLLM2,
+    adapter: AdapterOption = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Samples per task; by default the suite's.")] = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Samples packed into one pass.")] = 1,
+    scoring: Annotated[str, typer.Option("--scoring", help="auto, forced or generated.")] = "auto",
+    policy: PolicyOption = "router",
+    min_sparsity: MinSparsity = 0.0,
+    max_sparsity: MaxSparsity = 1.0,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    record: Record = False,
+    results: Annotated[Path, typer.Option("--results", help="Folder that --record writes to.")] = Path(
+        "benchmarks/results"
+    ),
+    figure: Annotated[Path | None, typer.Option("--figure", help="Write the needle map (PNG) here.")] = None,
+    commit: Commit = None,
+) -> None:
+    """Score routed against dense on the same samples."""
+    from flux_attention.evaluation.suites import get_suite
+
+    chosen = get_suite(suite)
+    if record and policy != "router":
+        raise ValueError(f"--record is for the adapter's router; --policy {policy} is a baseline")
+    from flux_attention.cli.session import Bars, open_session
+    from flux_attention.cli.terminal import print_table
+    from flux_attention.evaluation.runner import RunOptions
+    from flux_attention.evaluation.suites import run_suite
+    from flux_attention.report import Table
+
+    options = RunOptions(batch_size=batch_size, scoring=scoring)  # type: ignore[arg-type]
+    notes = _console(stderr=True)
+    with notes.status("loading"):
+        session = _open(open_session, model, adapter, policy, min_sparsity, max_sparsity, device, dtype)
+    with Bars(notes) as bars:
+        run = run_suite(
+            session.controller,
+            session.tokenizer,
+            chosen,
+            n=n,
+            seed=seed,
+            policy=session.policy,
+            dial=session.dial,
+            options=options,
+            progress=bars,
+        )
+    rows = []
+    for found in run.figures:
+        interval = "" if found.low is None else f"{found.low:.4f} – {found.high:.4f}"
+        rows.append((found.name, f"{found.value:.4f} {found.unit}", interval, "" if found.n is None else str(found.n)))
+    title = f"{suite}: {session.adapter_name} on {session.controller.config.backbone.name}"
+    print_table(_console(), Table(("figure", "value", "95 % interval", "n"), rows), title)
+    if record:
+        from flux_attention.data.corpus import fingerprint
+        from flux_attention.evaluation.results import write_results
+
+        settings = {
+            "backbone": session.controller.config.backbone.name,
+            "adapter": session.adapter_name,
+            "dtype": str(session.model.dtype).removeprefix("torch."),
+            "seed": seed,
+            "n": run.suite.n,
+            "repetitions": 1,
+            "tasks": list(run.suite.tasks),
+            "lengths": list(run.suite.lengths),
+            "scoring": scoring,
+            "min_sparsity": min_sparsity,
+            "max_sparsity": max_sparsity,
+            "texts": fingerprint(),
+        }
+        path = write_results(
+            f"eval-{suite}",
+            run.figures,
+            device=session.controller.device,
+            settings=settings,
+            folder=results,
+            details=run.details(),
+            commit=commit,
+        )
+        notes.print(f"figures: [bold]{path}[/bold]")
+    if figure is not None:
+        from flux_attention.report import needle_map, save_png
+
+        cells: dict[tuple[int, float], list[float]] = {}
+        for records in run.routed.values():
+            for r in records:
+                if r.depth is not None and r.score is not None:
+                    cells.setdefault((r.length, r.depth), []).append(r.score)
+        save_png(needle_map(cells), figure)
+        notes.print(f"figure: {figure}")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A program of benchmarks/, such as kernels or end_to_end.")] = "",
+) -> None:
+    """Run a program of benchmarks/ (in a checkout of the project); further arguments go to it."""
+    import runpy
+
+    folder = Path("benchmarks")
+    known = sorted(path.stem for path in folder.glob("*.py"))
+    if not known:
+        raise ValueError(f"{folder.resolve()} holds no benchmarks: run this in a checkout of the project")
+    if name not in known:
+        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(known)}")
+    path = folder / f"{name}.py"
+    # The program sees its own arguments, as if started by itself.
+    before, sys.argv = sys.argv, [str(path), *context.args]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _open(
+    open_session: Any,
+    model: str,
+    adapter: str | None,
+    policy: str,
+    min_sparsity: float,
+    max_sparsity: float,
+    device: str,
+    dtype: str,
+) -> Any:
+    return open_session(
+        model,
+        adapter,
+        device=device,
+        dtype=dtype,
+        policy=policy,
+        min_sparsity=min_sparsity,
+        max_sparsity=max_sparsity,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; errors of bad input are one line and exit code 2 (`--debug` shows where they came from)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="flux-attn")
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        _fail(error, 2)
+    except RuntimeError as error:
+        # A cache or a device that is too small is the user's to change; anything else is a bug worth a traceback.
+        if debug or type(error).__name__ not in ("PoolExhaustedError", "OutOfMemoryError"):
+            raise
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(error: BaseException, code: int) -> None:
+    from flux_attention.cli.terminal import print_error
+
+    print_error(_console(stderr=True), error)
+    sys.exit(code)
