@@ -42,7 +42,6 @@ _BUILT_IN: tuple[Task, ...] = (
     PassageRetrieval(name="passage_retrieval", held_out=True),
     PassageCount(name="passage_count"),
     CommonWords(name="common_words"),
-    CommonWords(name="top_words", common=3, common_share=0.6),
     FrequentWords(name="frequent_words", held_out=True),
     FewShotClassification(name="fewshot_topic", theme="topic"),
     FewShotClassification(name="fewshot_sentiment", theme="sentiment"),

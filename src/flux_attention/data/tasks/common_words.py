@@ -42,9 +42,6 @@ class CommonWords(TextTask):
     """`common` words `common_times` each among words that come `rare_times` each, shuffled.
 
     Their order in the answer is free, hence no teacher-forced accuracy.
-
-    Args:
-        common_share: share of the list that the common words take together, in the place of `common_times`.
     """
 
     task_class: str = HOLISTIC
@@ -52,7 +49,6 @@ class CommonWords(TextTask):
     common: int = 10
     common_times: int = 30
     rare_times: int = 3
-    common_share: float | None = None
 
     def sizes(self, length: int) -> tuple[int, int]:
         return self.common, max(self.common, (length - 150) // 5)
@@ -64,8 +60,6 @@ class CommonWords(TextTask):
         common, rare = pool[: self.common], pool[self.common :]
         # Short lists keep the ratio of common to rare repetitions instead of the counts.
         times = min(self.common_times, max(self.rare_times + 1, size // (2 * self.common)))
-        if self.common_share is not None:
-            times = max(1, int(self.common_share * size / self.common))
         listed = [word for word in common for _ in range(times)][:size]
         rest = size - len(listed)
         each = max(1, min(self.rare_times, times // 4))
