@@ -56,12 +56,9 @@ class RouteRow:
 
 
 def _axes(width: float, height: float) -> tuple[Plot, Any]:
-    import matplotlib
-
     # The object interface leaves pyplot, and whatever back end a notebook runs, alone.
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.fonttype"] = "none"
     plot = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = plot.subplots()
     axes.set_facecolor("none")
@@ -183,8 +180,12 @@ def pareto(points: Sequence[Point], value: str) -> Plot:
 
 def svg(plot: Plot, description: str) -> str:
     """A figure as inline SVG whose text takes the page's colour; `description` is read to those who cannot see it."""
+    import matplotlib
+
     buffer = io.StringIO()
-    plot.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    # Text stays text, and the same figure gives the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "flux"}):
+        plot.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     # Matplotlib names parts of the drawing; two figures in one page must not share names.
@@ -196,8 +197,15 @@ def svg(plot: Plot, description: str) -> str:
 
 def save_png(plot: Plot, path: Path) -> None:
     """The figure as PNG on white, for places that show no SVG."""
-    for text in plot.findobj(lambda artist: hasattr(artist, "get_color") and artist.get_color() == _INK):
-        text.set_color("#222222")  # type: ignore[attr-defined]
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    for kind in (Text, Line2D):
+        artists: list[Any] = plot.findobj(kind)
+        for artist in artists:
+            # Colours may be arrays, which do not compare to one truth value.
+            if isinstance(artist.get_color(), str) and artist.get_color() == _INK:
+                artist.set_color("#222222")
     path.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path, dpi=160, facecolor="white")
 

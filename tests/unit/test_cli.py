@@ -1,0 +1,188 @@
+"""The command line: every command on a tiny model, and one clean line for every kind of bad input."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flux_attention.cli import main
+from flux_attention.models.adapter import load_adapter
+
+from .tiny_backbone import LAYERS, save_all
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    backbone, adapter = save_all(tmp_path_factory.mktemp("model"))
+    return ["--model", str(backbone), "--adapter", str(adapter), "--device", "cpu"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; returns exit code, output and error stream."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(a) for a in arguments])
+        done = capsys.readouterr()
+        return exit_.value.code or 0, done.out, " ".join(done.err.split())
+
+    return call
+
+
+def test_help_is_fast_and_lists_the_commands():
+    best = 10.0
+    for _ in range(3):  # the first start may find a cold disk
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "flux_attention", "--help"], capture_output=True, text=True, timeout=60, check=True
+        )
+        best = min(best, time.perf_counter() - started)
+    for command in ("demo", "generate", "route", "train", "eval", "board", "bench"):
+        assert command in done.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, flux_attention.cli; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout.split()
+    assert not {"torch", "transformers", "matplotlib"} & set(loaded)
+    assert best < 2.0  # well under a second on an idle machine
+
+
+def test_route_shows_a_row_per_prompt(run, places, tmp_path):
+    long, figure = tmp_path / "long.txt", tmp_path / "routes.png"
+    long.write_text("What is it? " * 40)
+    code, out, err = run("route", *places, "-f", long, "-p", "short", "--figure", figure)
+    assert code == 0, err
+    rows = out.splitlines()
+    # Prompts of --prompt come first.
+    assert "short" in rows[0] and "█" * LAYERS in rows[0] and "Ω 0.00" in rows[0]
+    assert "long.txt (" in rows[1] and "█▂" in rows[1]  # layer 0 is full, layer 1 sparse
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_route_as_json_follows_the_dial(run, places, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text("What is it? " * 40)
+    for low, high in ((0.0, 0.25), (0.75, 1.0)):
+        dial = ("--min-sparsity", low, "--max-sparsity", high)
+        code, out, err = run("route", *places, "--json", "-f", long, *dial)
+        assert code == 0, err
+        found = json.loads(out)
+        assert low <= found["sparsity"] <= high
+        assert len(found["use_full"]) == len(found["p_full"]) == LAYERS
+
+
+def test_generate_prints_the_answer_alone_on_the_output(run, places):
+    text = "Count with me: one, two, three. " * 20
+    code, out, err = run("generate", *places, "-p", text, "-n", 5)
+    assert code == 0, err
+    assert "KV cache" in err and "KV cache" not in out
+    assert run("generate", *places, "-p", text, "-n", 5)[1] == out
+    sampled = [run("generate", *places, "-p", text, "-n", 9, "--temperature", 5, "--seed", s)[1] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_eval_records(run, places, tmp_path):
+    code, out, err = run("eval", *places, "--suite", "quick", "-n", 2, "--record", "--results", tmp_path)
+    assert code == 0, err
+    assert "quick_sparsity" in out
+    data = json.loads(next(tmp_path.glob("eval-quick-*.json")).read_text())
+    assert data["settings"]["n"] == 2 and data["settings"]["adapter"] == places[3]
+    assert {f["name"] for f in data["figures"]} >= {"quick_sparsity", "quick_needle1", "quick_needle1_dense"}
+    assert len(data["details"]["samples"]) == 8
+
+
+def test_demo_writes_a_report_that_opens_offline(run, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("demo", *places, "--length", 700, "--new-tokens", 3, "--rounds", 1, "--record")
+    assert code == 0, err
+    assert "prefill" in out and "Ω" in out
+    page = (tmp_path / "flux-demo" / "report.html").read_text()
+    assert "<svg" in page and "KV cache" in page
+    assert "src=" not in page and "<link" not in page and "<script" not in page
+    data = json.loads(next((tmp_path / "benchmarks" / "results").glob("demo-*.json")).read_text())
+    names = {f["name"]: f["value"] for f in data["figures"]}
+    assert names["demo_seconds_installed"] > 0 and names["demo_peak_gb"] > 0.1
+    assert 0 < names["demo_retrieval_kv_vs_dense"] <= 1
+
+
+def test_train_writes_an_adapter(run, places, tmp_path):
+    pytest.importorskip("accelerate")
+    rows = tmp_path / "rows.jsonl"
+    row = {"context": "The code is 7. " * 40, "question": "Which code?", "answer": "7", "task": "qa"}
+    rows.write_text("\n".join(json.dumps(row) for _ in range(2)))
+    settings = ("--steps", 2, "--batch-size", 1, "--accumulation", 1, "--lengths", "900", "--window-tokens", 128)
+    out = tmp_path / "adapter"
+    where = ("--out", out, "--runs", tmp_path / "runs", "--data", rows, "--save-steps", 0)
+    code, _, err = run("train", *places[:2], *places[4:], *settings, *where)
+    assert code == 0, err
+    assert load_adapter(out).config.window_tokens == 128
+
+
+def test_bench_names_what_there_is(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("bench", "kernels")
+    assert code == 2 and "checkout of the project" in err
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "hello.py").write_text("import sys\nprint('hello', sys.argv[1:])\n")
+    code, _, err = run("bench", "kernels")
+    assert code == 2 and "known: hello" in err
+    assert run("bench", "hello", "--quick")[1].strip() == "hello ['--quick']"
+
+
+BAD = [
+    (["route", "-p", "x", "--min-sparsity", "1.5"], "min_sparsity must be a number in [0, 1], got 1.5"),
+    (["route", "-p", "x", "--min-sparsity", "0.8", "--max-sparsity", "0.2"], "min_sparsity 0.8 is above max_sparsity"),
+    (["route", "-p", "x", "--policy", "sometimes"], "unknown policy 'sometimes'; the forms are router, dense"),
+    (["route", "-p", "x", "--policy", "dense", "--min-sparsity", "0.5"], "policy 'dense' has none"),
+    (["route", "-p", "x", "--device", "abacus"], "unknown device 'abacus'"),
+    (["route", "-p", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
+    (["route"], "give a prompt"),
+    (["route", "-p", "  "], "the prompt is empty"),
+    (["route", "-f", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["generate", "-p", "x", "--top-p", "0"], "--top-p in (0, 1]"),
+    (["generate", "-p", "x" * 9000], "context"),
+    (["eval", "--suite", "guess"], "unknown suite 'guess'; known: needle, continuation, quick"),
+    (["eval", "--scoring", "guess"], "scoring must be one of auto, forced, generated"),
+    (["eval", "-n", "1"], "n must be at least 2"),
+    (["demo", "--length", "9000"], "context"),
+    (["demo", "--rounds", "0"], "--rounds must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[:40] for a, _ in BAD])
+def test_bad_input_is_one_line(run, places, arguments, message):
+    command, *rest = arguments
+    kept = [] if "--device" in rest else places[4:]
+    code, out, err = run(command, *places[:4], *kept, *rest)
+    assert code == 2
+    assert err.startswith("error: ") or "error: " in err
+    assert message in err and "Traceback" not in err
+    assert out == "" or command == "demo"
+
+
+def test_a_missing_adapter_says_what_to_do(run, places):
+    code, _, err = run("demo", *places[:2])
+    assert code == 2 and "no shipped adapter fits" in err and "flux-attn train" in err
+    code, _, err = run("route", "-p", "x", *places[:2], "--adapter", "nobody")
+    assert code == 2 and "no adapter 'nobody'" in err
+
+
+def test_training_settings_are_checked_first(run, tmp_path):
+    for options, message in (
+        (("--objective", "guess"), "--objective must be lm or distill"),
+        (("--lengths", "a,b"), "--lengths must be numbers"),
+        (("--window-tokens", 100), "window_tokens must be a positive multiple of block_tokens (128), got 100"),
+    ):
+        code, _, err = run("train", "--model", "/nowhere", "--out", tmp_path, *options)
+        assert code == 2 and message in err
+
+
+def test_debug_shows_where_an_error_came_from():
+    with pytest.raises(ValueError, match="unknown suite"):
+        main(["eval", "--suite", "guess", "--debug"])
