@@ -145,7 +145,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     options = parser.parse_args(arguments)
     if options.smoke:
-        small = {"fit_prompts": 48, "greedy_samples": 1, "greedy_lengths": [800], "candidates": 1, "jump": 25,
+        small = {"fit_prompts": 40, "greedy_samples": 1, "greedy_lengths": [800], "candidates": 1, "jump": 25,
                  "fit_steps": 40, "fit_batch": 32, "distill_steps": min(options.distill_steps, 2), "distill_batch": 2,
                  "distill_lengths": [800], "eval_samples": 1, "eval_length": 800, "attribution_samples": 4,
                  "points": 1, "static_shares": []}  # fmt: skip
@@ -405,6 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     config = FluxConfig(sink_tokens=128, window_tokens=512, router_input="probe")
     controller = attach(model, config)
     controller.impl = options.impl
+    backbone = controller.config.backbone
     router = controller.router
     torch.manual_seed(options.seed)
     router.cpu().reset_parameters()
@@ -511,7 +512,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             {"name": "router_training_minutes", "value": round(minutes, 3), "unit": "min"},
             {"name": "router_training_mtokens", "value": round(tokens, 4), "unit": "M tokens"},
         ],
-        "backbone": config.to_dict()["backbone"] or str(options.backbone),
+        "backbone": backbone.name if backbone is not None else str(options.backbone),
         "phases": {n: {"seconds": round(s, 2), "tokens": cost.tokens[n]} for n, s in cost.seconds.items()},
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "group"},
         "groups": [{"name": g.name, "target": g.target, "tasks": list(g.tasks)} for g in groups],
