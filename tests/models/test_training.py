@@ -254,6 +254,21 @@ def test_measured_damage_is_kl_to_the_dense_model():
         meter.measure([0], routes)
 
 
+def test_only_answered_samples_calibrate():
+    controller = attach_tiny()
+    samples = make_samples(4)
+    with torch.no_grad(), controller.using(Dense()):
+        prompt = torch.tensor([samples[0].prompt_ids])
+        first = int(controller.model(input_ids=prompt, use_cache=False).logits[0, -1].argmax())
+    # Sample 0 becomes one that the model gets right; sample 2 stays a random answer, 1 and 3 are running text.
+    samples[0] = replace(samples[0], answer_ids=(first,))
+    meter = DamageMeter(controller, samples)
+    assert meter.answered() == [0, 1, 3]
+    assert meter.answered(least=0.0) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="teacher=True"):
+        DamageMeter(controller, samples, teacher=False).answered()
+
+
 def test_path_attribution_adds_up_to_the_damage_of_all_sparse():
     controller = attach_tiny()
     samples = [s for s in make_samples(6, seed=2) if s.metric == "nll"]

@@ -45,6 +45,11 @@ def counts_as_whole(sample: Sample) -> bool:
     return sample.teacher_forced and sample.metric != "nll"
 
 
+def span_share(right: Sequence[bool], sample: Sample) -> float:
+    """Share of the sample's scored spans whose answer tokens are all `right`."""
+    return sum(all(right[a:b]) for a, b in sample.scored_spans) / len(sample.scored_spans)
+
+
 class DamageMeter:
     """Measures routes on fixed samples; the dense model's answers are computed once and kept on the device.
 
@@ -138,8 +143,7 @@ class DamageMeter:
                 damage[places] = (1 - torch.exp(-torch.stack(kls))).clamp_min(0).cpu()
             right = torch.cat(flags).cpu().split(counts)
             for place, member, flag in zip(places, members, right, strict=True):
-                spans = self.samples[member].scored_spans
-                accuracy[place] = sum(bool(flag[a:b].all()) for a, b in spans) / len(spans)
+                accuracy[place] = span_share(flag.tolist(), self.samples[member])
         return Measured(damage, nll, accuracy)
 
     def routes(self, use_full: Tensor) -> Measured:
@@ -151,10 +155,14 @@ class DamageMeter:
 
     def answered(self, least: float = 0.99) -> list[int]:
         """Samples that the dense model answers (running text always): the others cannot tell which layers retrieve."""
-        dense = self.routes(torch.ones(1, self.layers, dtype=torch.bool)).accuracy[0]
-        return [
-            i for i, sample in enumerate(self.samples) if not counts_as_whole(sample) or float(dense[i]) >= least
-        ]
+        if not self._teacher:
+            raise ValueError("this meter keeps no dense answers; make it with teacher=True")
+        found = []
+        for i, (sample, logits) in enumerate(zip(self.samples, self._teacher, strict=True)):
+            right = (logits.argmax(-1).cpu() == torch.tensor(sample.answer_ids)).tolist()
+            if not counts_as_whole(sample) or span_share(right, sample) >= least:
+                found.append(i)
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------- attribution
