@@ -1,0 +1,125 @@
+"""Timing, checking and recording, shared by the benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# The benchmarks run from a checkout: the package may not be installed, and the fuzz lies among the tests.
+for _folder in (ROOT, ROOT / "src"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+from flux_attention.evaluation.results import Figure, write_results  # noqa: E402
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def once_ms(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Milliseconds of one call, from CUDA events; on a CPU from the clock.
+
+    With several calls back to back the host runs ahead of the device, as it does inside a model.
+    """
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - started) * 1e3 / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    sync(device)
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def interleaved_ms(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, repetitions: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every repetition of each run, in turns, so that clocks and heat treat all of them alike."""
+    calls = {}
+    for name, run in runs.items():
+        run()
+        calls[name] = max(1, min(20, int(10 / max(0.01, once_ms(run, device)))))
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions):
+        for name, run in runs.items():
+            found[name].append(once_ms(run, device, calls[name]))
+    return found
+
+
+def median_ms(run: Callable[[], Any], device: torch.device, repetitions: int) -> float:
+    return statistics.median(interleaved_ms({"run": run}, device, repetitions)["run"])
+
+
+@dataclass
+class Recorder:
+    """Figures of one section; every addition goes to the disk at once, so that a kill loses nothing."""
+
+    program: str
+    device: torch.device
+    settings: dict[str, Any]
+    folder: Path | None
+    commit: str | None = None
+    figures: dict[str, Figure] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, unit: str, repetitions: Sequence[float] = ()) -> None:
+        figure = Figure(name, float(value), unit, repetitions=tuple(repetitions))
+        self.figures[name] = figure
+        print(f"  {name:<44} {figure.value:>12.4g} {unit}", flush=True)
+        self.save()
+
+    def note(self, name: str, value: Any) -> None:
+        """Something to keep beside the figures."""
+        self.details[name] = value
+        print(f"  {name:<44} {value}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        if self.folder is not None and self.figures:
+            write_results(
+                self.program,
+                list(self.figures.values()),
+                device=self.device,
+                settings=self.settings,
+                folder=self.folder,
+                details=self.details,
+                commit=self.commit,
+            )
+
+
+def run_sections(
+    sections: Sequence[tuple[str, Callable[[Recorder], None]]],
+    make: Callable[[str], Recorder],
+) -> int:
+    """Run each section for itself: one that fails is reported, and the others still run. Returns the failures."""
+    failures = 0
+    for name, section in sections:
+        print(f"{name}", flush=True)
+        started = time.perf_counter()
+        try:
+            section(make(name))
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            print(f"  FAILED {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+            failures += 1
+        print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return failures
