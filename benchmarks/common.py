@@ -65,6 +65,20 @@ def median_ms(run: Callable[[], Any], device: torch.device, repetitions: int) ->
     return statistics.median(interleaved_ms({"run": run}, device, repetitions)["run"])
 
 
+def consecutive_ms(step: Callable[[], Any], device: torch.device, steps: int) -> list[float]:
+    """Milliseconds of each of `steps` steps without a wait between them, as generation runs them."""
+    if device.type != "cuda":
+        return [once_ms(step, device) for _ in range(steps)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    sync(device)
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    sync(device)
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+
+
 @dataclass
 class Recorder:
     """Figures of one section; every addition goes to the disk at once, so that a kill loses nothing."""
@@ -74,10 +88,12 @@ class Recorder:
     settings: dict[str, Any]
     folder: Path | None
     commit: str | None = None
+    prefix: str = ""
     figures: dict[str, Figure] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, value: float, unit: str, repetitions: Sequence[float] = ()) -> None:
+        name = self.prefix + name
         figure = Figure(name, float(value), unit, repetitions=tuple(repetitions))
         self.figures[name] = figure
         print(f"  {name:<44} {figure.value:>12.4g} {unit}", flush=True)

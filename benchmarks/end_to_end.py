@@ -1,0 +1,683 @@
+"""A whole 8B model (the shapes of Qwen3-8B, random weights) with dense and with routed attention.
+
+    python benchmarks/end_to_end.py [--sections memory,decode,routing,prefill] [--lengths 131072,262144] [--out DIR]
+
+Prefill speedups stand beside the speedup that the measured parts allow: linear work (a run whose attention does
+nothing), and the attention kernels of one layer of each kind, chunk by chunk. The routed model has 27 of its 36 layers
+sparse ("q75"). Every section writes its figures as soon as it has them. The outputs
+are checked first; when that fails, figures are written under names that begin with "unchecked".
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from common import Recorder, consecutive_ms, median_ms, once_ms, run_sections, sync
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from flux_attention import generation
+from flux_attention.cache import FluxCache, PagePool
+from flux_attention.config import FluxConfig
+from flux_attention.kernels import paged_decode
+from flux_attention.kernels.api import Packing, block_sparse_attention, dense_attention, select_blocks
+from flux_attention.models.attach import FluxAttention, attach, detach
+from flux_attention.modes import Mode
+from flux_attention.route import Interleaved, PolicyContext, Route
+from flux_attention.router import LayerRouter
+
+#: Memory a server of one 80 GB device has, and what it keeps free of weights and keys.
+DEVICE_BYTES, HEADROOM_BYTES = 80e9, 4e9
+#: Memory bandwidth that the roofline is drawn at, bytes a second.
+ROOFLINE = 3.0e12
+DENSITY = 0.25
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+@dataclass
+class Setup:
+    """What the command line asked for, and the model."""
+
+    device: torch.device
+    model: PreTrainedModel
+    controller: FluxAttention
+    lengths: tuple[int, ...]
+    chunk: int
+    short: int
+    steps: int
+    budget: float
+    tiny: bool
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def layers(self) -> int:
+        return len(self.controller.layers)
+
+    def route(self, sparsity: float, rows: int = 1) -> Route:
+        prompts = tuple(torch.zeros(1, dtype=torch.long) for _ in range(rows))
+        return Interleaved(sparsity)(PolicyContext(self.layers, prompts))
+
+    def prompt(self, n: int) -> Tensor:
+        return torch.randint(0, self.model.config.vocab_size, (n,), device=self.device)
+
+    @property
+    def graphs(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def build(config: Qwen3Config, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights, made on the device itself: transformers' initialisation takes minutes."""
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    # Memory that was only reserved holds no rotary frequencies: they are computed anew, in float32.
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02)
+    return model.requires_grad_(False)
+
+
+def qwen3_8b(layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=12288,
+        vocab_size=151936,
+        max_position_embeddings=300000,
+        tie_word_embeddings=False,
+    )
+
+
+def toy() -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        vocab_size=256,
+        max_position_embeddings=300000,
+        tie_word_embeddings=False,
+    )
+
+
+@contextmanager
+def fused(model: PreTrainedModel, how: str) -> Iterator[None]:
+    """Norms and MLPs compiled or replaced: the eager ones write every intermediate to memory."""
+    if how == "none":
+        yield
+        return
+    if how == "liger":
+        # Replaces methods of the instance for good; the process ends with it.
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        apply_liger_kernel_to_qwen3(
+            rope=False, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False, model=model
+        )
+        yield
+        return
+    compiled: dict[type[nn.Module], Callable[..., Tensor]] = {}
+    changed = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
+    for module in changed:
+        kind = type(module)
+        if kind not in compiled:
+            compiled[kind] = torch.compile(kind.forward, dynamic=None)
+        module.forward = functools.partial(compiled[kind], module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+# ------------------------------------------------------------------------------------------------ modes to measure with
+
+
+@dataclass(frozen=True)
+class NoAttention(Mode):
+    """Returns its queries: what is left of a prefill is the linear work."""
+
+    name = "none"
+
+    @classmethod
+    def from_config(cls, config: FluxConfig) -> Self:
+        return cls()
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packing: Packing,
+        prompt_ends: tuple[int, ...],
+        *,
+        scale: float,
+        impl: str = "auto",
+    ) -> Tensor:
+        return q
+
+
+@functools.lru_cache(maxsize=64)
+def random_blocks(heads: int, n_q: int, n_k: int, device: torch.device) -> Tensor:
+    """Random causal blocks for the last n_q of n_k query blocks, block 0 and the own one among them."""
+    own = torch.arange(n_k - n_q, n_k, device=device)[:, None]
+    j = torch.arange(n_k, device=device)
+    return ((torch.rand(heads, n_q, n_k, device=device) < DENSITY) | (j == own) | (j == 0)) & (j <= own)
+
+
+@dataclass(frozen=True)
+class ForcedDensity(Mode):
+    """XAttention that pays for its selection and then attends to random blocks: random weights have no structure."""
+
+    name = "forced_density"
+    config: FluxConfig
+
+    @classmethod
+    def from_config(cls, config: FluxConfig) -> Self:
+        return cls(config)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packing: Packing,
+        prompt_ends: tuple[int, ...],
+        *,
+        scale: float,
+        impl: str = "auto",
+    ) -> Tensor:
+        block = self.config.block_tokens
+        select_blocks(
+            q,
+            k,
+            packing,
+            block=block,
+            stride=self.config.xattention_stride,
+            threshold=self.config.xattention_threshold,
+            scale=scale,
+        )
+        blocks = [
+            random_blocks(q.shape[1], -(-n_q // block), -(-n_k // block), q.device)
+            for n_q, n_k in zip(packing.q_lens, packing.k_lens, strict=True)
+        ]
+        return block_sparse_attention(q, k, v, packing, blocks, block=block, scale=scale, impl=impl)
+
+
+@contextmanager
+def modes(controller: FluxAttention, full: Mode | None = None, sparse: Mode | None = None) -> Iterator[None]:
+    before = controller.full_mode, controller.sparse_mode
+    controller.full_mode, controller.sparse_mode = full or before[0], sparse or before[1]
+    try:
+        yield
+    finally:
+        controller.full_mode, controller.sparse_mode = before
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def label(n: int) -> str:
+    return f"{n // 1024}k"
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference, as a share of the norm."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def free(setup: Setup) -> None:
+    gc.collect()
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def new_cache(setup: Setup, route: Route, tokens: int, pool: PagePool | None = None) -> FluxCache:
+    """An empty cache with just the pages that the route needs for rows of `tokens` tokens."""
+    cache = setup.controller.new_cache(max_row_tokens=tokens)
+    cache.set_route(route)
+    rows = route.num_sequences
+    cache.pool = pool or generation._exact_pool(setup.controller, cache, route, [tokens] * rows)
+    return cache
+
+
+def filled_cache(setup: Setup, route: Route, tokens: int, spare: int) -> FluxCache:
+    """A cache that holds random keys, as if rows of `tokens` tokens had been prefilled."""
+    controller, rows = setup.controller, route.num_sequences
+    backbone = controller.config.backbone
+    assert backbone is not None
+    cache = new_cache(setup, route, tokens + spare)
+    like = next(controller.decoder.parameters())
+    cache.begin(rows, route, backbone.num_key_value_heads, backbone.head_dim, like)
+    shape = (tokens, backbone.num_key_value_heads, backbone.head_dim)
+    keys, values = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in "kv")
+    for layer in range(setup.layers):
+        for row in range(rows):
+            cache.append(layer, row, keys, values)
+    cache.advance(tokens, [tokens] * rows, decoded=False)
+    return cache
+
+
+def tune_decode(setup: Setup, cache: FluxCache) -> None:
+    """Launch configurations for the cache's two kinds of layers, from few candidates: each has to be compiled."""
+    if setup.device.type != "cuda":
+        return
+    config, controller = paged_decode.DecodeConfig, setup.controller
+    backbone, pool = controller.config.backbone, cache.pool
+    assert backbone is not None and pool is not None
+    configs = [config(s, b, warps=4, stages=t) for s in (256, 512, 1024) for b, t in ((64, 3), (128, 2))]
+    heads, dim = backbone.num_attention_heads, backbone.head_dim
+    q = torch.randn(cache.num_rows, heads, dim, dtype=pool.keys.dtype, device=setup.device)
+    seen = set()
+    for layer in range(setup.layers):
+        width = cache._width(layer)
+        if width not in seen:
+            seen.add(width)
+            # The model hands the kernel a view of the wide table, so the same view is tuned.
+            table, counts = cache.page_table[layer][:, :width], cache.key_counts[layer]
+            paged_decode.tune(q, pool.keys, pool.values, table, counts, scale=dim**-0.5, configs=configs)
+
+
+def step_ms(setup: Setup, route: Route, tokens: int) -> tuple[list[float], FluxCache]:
+    """Milliseconds of decode steps of rows that hold `tokens` tokens, and the cache they left."""
+    spare = setup.steps + 16
+    cache = filled_cache(setup, route, tokens, spare)
+    tune_decode(setup, cache)
+    decoder = generation._Decoder(setup.controller, cache, setup.graphs)
+    token = setup.prompt(route.num_sequences)
+    for _ in range(3):
+        decoder.step(token)
+    times = consecutive_ms(functools.partial(decoder.step, token), setup.device, setup.steps)
+    # The graph holds the memory of its pass.
+    del decoder
+    return times, cache
+
+
+def prefill_ms(setup: Setup, route: Route, prompt: Tensor, pool: PagePool) -> float:
+    cache = new_cache(setup, route, prompt.numel(), pool)
+
+    def run() -> None:
+        generation.prefill(setup.controller, [prompt], cache, chunk_tokens=setup.chunk)
+
+    ms = once_ms(run, setup.device)
+    cache.clear()
+    return ms
+
+
+def make_pool(setup: Setup, route: Route, tokens: int) -> PagePool:
+    pool = new_cache(setup, route, tokens).pool
+    assert pool is not None
+    return pool
+
+
+# ------------------------------------------------------------------------------------------------ sections
+
+
+def checks(setup: Setup, record: Recorder) -> None:
+    """The attached model against plain transformers, and replayed decode steps against eager ones."""
+    controller, model = setup.controller, setup.model
+    config = controller.config
+    n = setup.short // 16 if not setup.tiny else 512
+    prompt = setup.prompt(n)
+    detach(model)
+    try:
+        found = {}
+        for name in ("sdpa", "eager"):
+            model.config._attn_implementation = name
+            found[name] = model(input_ids=prompt[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+        model.config._attn_implementation = "sdpa"
+        long = setup.prompt(setup.short)
+        for _ in range(2):
+            baseline = once_ms(lambda: model.model(input_ids=long[None], use_cache=False), setup.device)
+    finally:
+        setup.controller = controller = attach(model, config)
+    dense, q75 = setup.route(0.0), setup.route(0.75)
+    # Chunks, so that attention to the cache is part of what is compared.
+    logits = generation.prefill(controller, [prompt], new_cache(setup, dense, n), chunk_tokens=n // 2)[0]
+    error, rounding = difference(logits, found["sdpa"]), difference(found["eager"], found["sdpa"])
+    # Two right implementations differ by roundings; ours may differ from one of them by twice as much as the other.
+    limit = max(2 * rounding, 0.01 if logits.dtype == torch.bfloat16 else 1e-4)
+    record.note("dense_logits", {"difference": error, "eager_difference": rounding, "limit": limit, "tokens": n})
+    assert error <= limit, f"dense logits differ from transformers' by {error:.2e}, limit {limit:.2e}"
+    tokens = [setup.prompt(1) for _ in range(4)]
+    steps: dict[bool, list[Tensor]] = {}
+    for graph in (False, setup.graphs):
+        cache = new_cache(setup, q75, n + 8)
+        generation.prefill(controller, [prompt], cache, chunk_tokens=n // 2, max_new_tokens=8)
+        decoder = generation._Decoder(controller, cache, graph)
+        steps[graph] = [decoder.step(token).clone() for token in tokens]
+        del decoder
+    worst = max(difference(a, b) for a, b in zip(steps[False], steps[setup.graphs], strict=True))
+    record.note("graph_logits", {"difference": worst})
+    assert worst <= limit, f"replayed logits differ from eager ones by {worst:.2e}, limit {limit:.2e}"
+    pool = make_pool(setup, dense, setup.short)
+    ours = min(prefill_ms(setup, dense, long, pool) for _ in range(2))
+    record.note("prefill_short_ms", {"tokens": setup.short, "transformers_sdpa": baseline, "ours_dense": ours})
+    record.add(f"prefill_dense_{label(setup.short)}_vs_transformers_sdpa", baseline / ours, "×")
+
+
+def attention_ms(setup: Setup, n: int, mode: str, repetitions: int) -> float:
+    """Attention of one layer over a prompt of n tokens, as the chunks of a prefill run it."""
+    controller = setup.controller
+    backbone, config = controller.config.backbone, controller.config
+    assert backbone is not None
+    like = next(controller.decoder.parameters())
+    scale, total = backbone.head_dim**-0.5, 0.0
+    for start in range(0, n, setup.chunk):
+        end = min(n, start + setup.chunk)
+        gap = 0
+        if mode == "sparse":
+            gap = max(0, start // config.block_tokens * config.block_tokens - config.window_tokens - config.sink_tokens)
+        packing = Packing((end - start,), (end - gap,), (gap,))
+        heads = (backbone.num_attention_heads, backbone.num_key_value_heads, backbone.num_key_value_heads)
+        q, k, v = (
+            torch.randn(m, h, backbone.head_dim, dtype=like.dtype, device=setup.device)
+            for m, h in zip((end - start, end - gap, end - gap), heads, strict=True)
+        )
+
+        def run(q: Tensor = q, k: Tensor = k, v: Tensor = v, packing: Packing = packing, end: int = end) -> Tensor:
+            if mode == "full":
+                return dense_attention(q, k, v, packing, scale=scale)
+            return setup.controller.sparse_mode.prefill(q, k, v, packing, (end,), scale=scale)
+
+        total += median_ms(run, setup.device, repetitions)
+    return total
+
+
+def prefill(setup: Setup, record: Recorder) -> None:
+    controller = setup.controller
+    nothing, forced = NoAttention.from_config(controller.config), ForcedDensity.from_config(controller.config)
+    dense, q75, sparse = setup.route(0.0), setup.route(0.75), setup.route(1.0)
+    kinds: dict[str, tuple[Route, Mode | None, Mode | None]] = {
+        "linear": (sparse, None, nothing),
+        "q75": (q75, None, None),
+        "xa_ssa": (q75, forced, None),
+        "dense": (dense, None, None),
+    }
+
+    def one(kind: str, prompt: Tensor, pool: PagePool) -> float:
+        route, full, other = kinds[kind]
+        with modes(controller, full, other):
+            return prefill_ms(setup, route, prompt, pool)
+
+    warm = setup.prompt(2 * setup.chunk)
+    warm_pool = make_pool(setup, dense, warm.numel())
+    for kind in kinds:
+        # Two chunks: compiles kernels for a prompt's first chunk and for those with a past.
+        record.note(f"warm_{kind}_ms", one(kind, warm, warm_pool))
+    del warm_pool
+    for i, n in enumerate(setup.lengths):
+        free(setup)
+        started, allowed = time.perf_counter(), setup.budget * (0.4 if i == 0 else 0.6)
+        parts = {"fa": attention_ms(setup, n, "full", 1), "sa": attention_ms(setup, n, "sparse", 3)}
+        record.note(f"parts_{label(n)}_ms", parts)
+        prompt = setup.prompt(n)
+        # The dense pool holds any route.
+        pool = make_pool(setup, dense, n)
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(3):
+            for kind, seen in times.items():
+                spent = time.perf_counter() - started
+                # Every kind once, whatever it takes; a further repetition only where there is time for it.
+                if not seen or spent + seen[-1] / 1e3 < allowed:
+                    seen.append(one(kind, prompt, pool))
+            # Published after every round: a run that is stopped keeps what it has.
+            publish_prefill(setup, record, n, times, parts, q75)
+        del pool
+        random_blocks.cache_clear()
+
+
+def publish_prefill(
+    setup: Setup, record: Recorder, n: int, times: dict[str, list[float]], parts: dict[str, float], q75: Route
+) -> None:
+    ms = {kind: statistics.median(seen) for kind, seen in times.items()}
+    record.note(f"prefill_{label(n)}_ms", {**ms, "repetitions": [len(seen) for seen in times.values()]})
+    layers, full = setup.layers, int(q75.use_full.sum())
+    linear = ms["linear"]
+    ideal = (linear + layers * parts["fa"]) / (linear + full * parts["fa"] + (layers - full) * parts["sa"])
+    speedup = ms["dense"] / ms["q75"]
+    record.add(f"prefill_speedup_{label(n)}_q75", speedup, "×")
+    record.add(f"prefill_speedup_{label(n)}_q75_ideal", ideal, "×")
+    record.add(f"prefill_speedup_{label(n)}_q75_of_ideal", speedup / ideal, "ratio")
+    record.add(f"prefill_speedup_{label(n)}_xa_ssa", ms["dense"] / ms["xa_ssa"], "×")
+    for kind in ("dense", "q75", "xa_ssa"):
+        record.add(f"prefill_{label(n)}_{kind}_s", ms[kind] / 1e3, "s", [t / 1e3 for t in times[kind]])
+
+
+def weight_bytes(model: PreTrainedModel, *, read: bool) -> int:
+    """Bytes of the weights; `read`: only those a decode step reads, which is one row of the embeddings per token."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    table = model.get_input_embeddings().weight
+    return total - (table.numel() * table.element_size() if read else 0)
+
+
+def decode(setup: Setup, record: Recorder) -> None:
+    elements = 1 << (20 if setup.tiny else 29)
+    source = torch.empty(elements, dtype=torch.bfloat16, device=setup.device)
+    copy_ms = median_ms(source.clone, setup.device, 5)
+    copy_rate = 4 * elements / copy_ms * 1e3
+    del source
+    record.note("device_copy_tbps", copy_rate / 1e12)
+    for i, n in enumerate(setup.lengths):
+        median = {}
+        for name, route in (("dense", setup.route(0.0)), ("q75", setup.route(0.75))):
+            times, cache = step_ms(setup, route, n)
+            median[name] = statistics.median(times)
+            record.note(f"decode_{label(n)}_{name}_ms", {"median": median[name], "min": min(times), "max": max(times)})
+            if i == 0 and name == "dense":
+                moved = weight_bytes(setup.model, read=True) + cache.memory().held
+                share = moved / ROOFLINE / (median[name] / 1e3)
+                record.add(f"decode_dense_{label(n)}_of_roofline", share, "ratio")
+                record.add(f"decode_dense_{label(n)}_of_copy_bandwidth", share * ROOFLINE / copy_rate, "ratio")
+            cache.clear()
+            del cache
+            free(setup)
+        record.add(f"decode_speedup_{label(n)}_q75", median["dense"] / median["q75"], "×")
+
+
+def memory(setup: Setup, record: Recorder) -> None:
+    """Bytes of the caches, and tokens a second at the largest batch that an 80 GB device holds."""
+    n = setup.lengths[0]
+    room = 3e6 if setup.tiny else DEVICE_BYTES - weight_bytes(setup.model, read=False) - HEADROOM_BYTES
+    rates, held = {}, {}
+    for name, sparsity in (("dense", 0.0), ("q75", 0.75)):
+        cache = filled_cache(setup, setup.route(sparsity), n, setup.steps + 16)
+        report, needed = cache.memory(), cache.pool.num_pages * cache.pool.page_bytes
+        held[name] = report.held
+        cache.clear()
+        del cache
+        free(setup)
+        rows = max(1, int(room // needed))
+        times, cache = step_ms(setup, setup.route(sparsity, rows), n)
+        cache.clear()
+        del cache
+        free(setup)
+        ms = statistics.median(times)
+        rates[name] = rows / ms * 1e3
+        details = {"rows": rows, "step_ms": ms, "tokens_per_s": rates[name], "kv_bytes_per_row": report.held}
+        record.note(f"throughput_{label(n)}_{name}", details)
+    record.add(f"kv_bytes_{label(n)}_q75_vs_dense", held["q75"] / held["dense"], "ratio")
+    record.add(f"throughput_{label(n)}_q75_vs_dense", rates["q75"] / rates["dense"], "×")
+
+
+def routing(setup: Setup, record: Recorder) -> None:
+    """What finding the route costs: before the prefill (probe), and inside of it (inline)."""
+    controller, model, n = setup.controller, setup.model, setup.short
+    config = controller.config
+    prompt = setup.prompt(n)
+    # Prompts come from a tokenizer, on the host.
+    host = prompt.cpu()
+
+    def probe() -> Route:
+        return controller.route([host])
+
+    wall = []
+    for i in range(25):
+        sync(setup.device)
+        started = time.perf_counter()
+        probe()
+        # A route is host data, so nothing is left to wait for.
+        if i >= 5:
+            wall.append((time.perf_counter() - started) * 1e3)
+    record.add("routing_probe_ms", statistics.median(wall), "ms", wall)
+
+    detach(model)
+    inline = FluxConfig(**{**vars(config), "backbone": None, "router_input": "inline"})
+    controller = attach(model, inline)
+    try:
+        # Half of the layers sparse, by the router itself: both kinds of layers wait for a decision.
+        bias_layers(controller.router)
+        pool = make_pool_like(setup, controller, n)
+
+        def once(route: Route | None) -> tuple[float, Route]:
+            cache = controller.new_cache(pool=pool, max_row_tokens=n)
+            ms = once_ms(lambda: generation._padded_prefill(controller, [prompt], cache, route), setup.device)
+            assert cache.route is not None
+            found = cache.route
+            cache.clear()
+            return ms, found
+
+        _, route = once(None)
+        once(route)
+        pairs, inline_ms, static_ms = [], [], []
+        for i in range(7):
+            # Turns change places, so that a drift of the clocks falls on both alike.
+            if i % 2:
+                b, a = once(route)[0], once(None)[0]
+            else:
+                a, b = once(None)[0], once(route)[0]
+            pairs.append(a - b)
+            inline_ms.append(a)
+            static_ms.append(b)
+        record.note(
+            "routing_inline",
+            {
+                "inline_ms": statistics.median(inline_ms),
+                "static_ms": statistics.median(static_ms),
+                "sparse_layers": int((~route.use_full).sum()),
+            },
+        )
+        record.add("routing_inline_ms", statistics.median(pairs), "ms", pairs)
+    finally:
+        detach(model)
+        setup.controller = attach(model, config)
+
+
+def bias_layers(router: LayerRouter) -> None:
+    """Send every second layer of an untrained router to the sparse side."""
+    with torch.no_grad():
+        router.biases[-1][::2, 1] = -router.full_bias
+
+
+def make_pool_like(setup: Setup, controller: FluxAttention, tokens: int) -> PagePool:
+    cache = controller.new_cache(max_row_tokens=tokens)
+    route = setup.route(0.0)
+    cache.set_route(route)
+    return generation._exact_pool(controller, cache, route, [tokens])
+
+
+RUN: dict[str, Callable[[Setup, Recorder], None]] = {
+    "checks": checks,
+    "memory": memory,
+    "decode": decode,
+    "routing": routing,
+    "prefill": prefill,
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default=",".join(RUN))
+    parser.add_argument("--lengths", default="131072,262144", help="tokens, ascending")
+    parser.add_argument("--fuse", choices=("none", "compile", "liger"), default="none", help="norms and MLPs")
+    parser.add_argument("--budget", type=float, default=120, help="seconds for the repetitions of all prefills")
+    parser.add_argument("--steps", type=int, default=30, help="decode steps that are timed")
+    parser.add_argument("--layers", type=int, default=36, help="of the model; other than 36 writes no figures")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program itself")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
+    parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    device, tiny = torch.device(options.device), options.tiny
+    if device.type != "cuda" and not tiny:
+        sys.exit("an 8B model needs a CUDA device; --tiny runs a toy anywhere")
+    chosen = options.sections.split(",")
+    if unknown := [name for name in chosen if name not in RUN]:
+        sys.exit(f"unknown section {', '.join(unknown)}; there are {', '.join(RUN)}")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lengths = (2048, 4096) if tiny else tuple(int(n) for n in options.lengths.split(","))
+    started = time.perf_counter()
+    model = build(toy() if tiny else qwen3_8b(options.layers), device, dtype)
+    flux = FluxConfig(sink_tokens=128, window_tokens=256 if tiny else 2048)
+    sync(device)
+    print(
+        f"model of {weight_bytes(model, read=False) / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s", flush=True
+    )
+    setup = Setup(
+        device=device,
+        model=model,
+        controller=attach(model, flux),
+        lengths=lengths,
+        chunk=1024 if tiny else 32768,
+        short=2048 if tiny else 32768,
+        steps=3 if tiny else options.steps,
+        budget=options.budget,
+        tiny=tiny,
+    )
+    folder = options.out
+    if folder is None and not tiny and options.layers == 36:
+        folder = Path("benchmarks/results")
+    settings: dict[str, Any] = {
+        "backbone": "toy" if tiny else "Qwen3-8B shapes, random weights",
+        "dtype": str(dtype).removeprefix("torch."),
+        "lengths": list(lengths),
+        "chunk_tokens": setup.chunk,
+        "sink_tokens": flux.sink_tokens,
+        "window_tokens": flux.window_tokens,
+        "fuse": options.fuse,
+    }
+    prefix = ""
+
+    def recorder(name: str) -> Recorder:
+        return Recorder(f"end-to-end-{name}", device, settings, folder, options.commit, prefix)
+
+    def runs(names: Sequence[str]) -> list[tuple[str, Callable[[Recorder], None]]]:
+        return [(name, functools.partial(RUN[name], setup)) for name in names]
+
+    with fused(model, options.fuse):
+        failures = run_sections(runs(["checks"]), recorder)
+        prefix = "unchecked_" if failures else ""
+        return failures + run_sections(runs([name for name in chosen if name != "checks"]), recorder)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        sys.exit(1 if main() else 0)
