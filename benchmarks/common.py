@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -76,7 +77,7 @@ def consecutive_ms(step: Callable[[], Any], device: torch.device, steps: int) ->
         step()
         event.record()
     sync(device)
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 @dataclass
