@@ -37,11 +37,15 @@ def ramp(p: float) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class RouteRow:
-    """One prompt's route for a heat map: `use_full` and `p_full` per routable layer."""
+    """One prompt's route for a heat map: `use_full` and `p_full` per routable layer.
+
+    `omega` is given where the row stands for many prompts: then `p_full` is the share of them that run full.
+    """
 
     label: str
     use_full: Sequence[bool]
     p_full: Sequence[float] | None = None
+    omega: float | None = None
 
     @property
     def shades(self) -> list[float]:
@@ -49,7 +53,7 @@ class RouteRow:
 
     @property
     def sparsity(self) -> float:
-        return 1 - sum(map(bool, self.use_full)) / len(self.use_full)
+        return 1 - sum(map(bool, self.use_full)) / len(self.use_full) if self.omega is None else self.omega
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -88,7 +92,7 @@ def _color_bar(plot: Plot, axes: Any, image: Any, label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def route_heat_map(rows: Sequence[RouteRow]) -> Plot:
+def route_heat_map(rows: Sequence[RouteRow], label: str = "p(full)") -> Plot:
     """Layers across, prompts down, coloured by p_full; a dot marks a layer that runs full attention."""
     if not rows:
         raise ValueError("a route heat map needs at least one prompt")
@@ -101,7 +105,7 @@ def route_heat_map(rows: Sequence[RouteRow]) -> Plot:
     axes.set_xticks(range(0, layers, 5 if layers > 16 else 1))
     axes.set_yticks(range(len(rows)), [f"{row.label}  Ω {row.sparsity:.2f}" for row in rows])
     _label(axes, "routable layer", "")
-    _color_bar(plot, axes, image, "p(full)")
+    _color_bar(plot, axes, image, label)
     return plot
 
 

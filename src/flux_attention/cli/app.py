@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="flux-attn",
@@ -75,9 +78,9 @@ def demo(
 ) -> None:
     """Answer two long prompts with and without routing; show routes, memory and time, and write a report."""
     console = _console()
-    for name, value in (("--length", length), ("--new-tokens", new_tokens), ("--rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value, least in (("--length", length, 1), ("--new-tokens", new_tokens, 2), ("--rounds", rounds, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     with console.status("loading torch and the model"):
         from flux_attention.cli.demo import run_demo
         from flux_attention.cli.session import choose_device, choose_dtype, find_adapter, quiet
@@ -297,6 +300,61 @@ def evaluate(
 
 
 @app.command()
+def board(
+    model: Model = SMOLLM2,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="Several = seeds of one recipe, whose figures are averaged."),
+    ] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Names with commas between them, or mixed.")] = "mixed",
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of the samples.")] = "4096,8000",
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Samples per task and length.")] = 200,
+    sparsities: Annotated[
+        str, typer.Option("--sparsities", help="Ω of the curves, such as 0.5,0.7,0.9; by default only the router's.")
+    ] = "",
+    calibration: Annotated[
+        int, typer.Option("--calibration", help="Samples per training task that static splits are chosen on.")
+    ] = 4,
+    calibration_length: Annotated[int, typer.Option("--calibration-length", help="Their tokens.")] = 4096,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Samples packed into one pass.")] = 1,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; an interrupted board goes on in it.")] = Path(
+        "runs/board"
+    ),
+    device: Device = "auto",
+    dtype: DType = "auto",
+    record: Record = False,
+    commit: Commit = None,
+) -> None:
+    """Put the router beside dense and every baseline: tables, figures and HTML, with 95 % intervals. Resumable."""
+    from flux_attention.cli.board import run
+    from flux_attention.evaluation.board import MIXED, BoardConfig
+
+    config = BoardConfig(
+        tasks=MIXED if tasks == "mixed" else tuple(tasks.split(",")),
+        lengths=_numbers("--lengths", lengths, int),
+        samples=samples,
+        seed=seed,
+        sparsities=_numbers("--sparsities", sparsities, float),
+        calibration=calibration,
+        calibration_length=calibration_length,
+        batch_size=batch_size,
+    )
+    run(
+        config,
+        model,
+        adapter or [],
+        out,
+        device=device,
+        dtype=dtype,
+        record=record,
+        commit=commit,
+        console=_console(),
+        notes=_console(stderr=True),
+    )
+
+
+@app.command()
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the adapter.")],
     model: Model = SMOLLM2,
@@ -336,10 +394,7 @@ def train(
 
     if objective not in ("lm", "distill"):
         raise ValueError(f"--objective must be lm or distill, got {objective!r}")
-    try:
-        tokens = tuple(int(part) for part in lengths.split(","))
-    except ValueError:
-        raise ValueError(f"--lengths must be numbers with commas between them, got {lengths!r}") from None
+    tokens = _numbers("--lengths", lengths, int)
     # Whatever is wrong with the settings is said before the model is loaded.
     config = FluxConfig(
         sink_tokens=sink_tokens,
@@ -398,6 +453,13 @@ def bench(
         runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv = before
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between them, got {text!r}") from None
 
 
 def _console(stderr: bool = False) -> Any:

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from flux_attention.cli.session import route_row
 from flux_attention.cli.terminal import print_routes, print_table
 from flux_attention.data import Sample, make_sample
 from flux_attention.evaluation.results import Figure, commit_id, device_name, write_results
-from flux_attention.generation import generate
+from flux_attention.generation import TokenCallback, generate
 from flux_attention.models.adapter import Adapter
 from flux_attention.models.attach import attach, detach
 from flux_attention.report import Section, Table, render, route_heat_map, svg
@@ -130,13 +131,18 @@ def _plain_pass(model: Any, ids: Tensor, new_tokens: int) -> tuple[list[int], fl
     token = out.logits[:, -1].argmax(-1, keepdim=True)
     found = [int(token)]
     _sync(ids.device)
-    prefilled = time.perf_counter()
+    times = [time.perf_counter()]
     for _ in range(new_tokens - 1):
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         found.append(int(token))
-    _sync(ids.device)
-    return found, prefilled - started, (time.perf_counter() - prefilled) / max(1, new_tokens - 1)
+        times.append(time.perf_counter())
+    return found, times[0] - started, _step_seconds(times)
+
+
+def _step_seconds(times: list[float]) -> float:
+    """Median time between tokens: on a shared machine a mean is that of its worst moments."""
+    return median(b - a for a, b in pairwise(times)) if len(times) > 1 else float("nan")
 
 
 @torch.no_grad()
@@ -153,12 +159,15 @@ def _routed(model: Any, adapter: Adapter, case: Case, new_tokens: int, tokenizer
     try:
         # Both sides write the same number of tokens, so that seconds per token compare.
         config = GenerationConfig(do_sample=False, eos_token_id=None, max_new_tokens=new_tokens)
-        found = generate(model, [torch.tensor(case.sample.prompt_ids)], generation_config=config)
+        times: list[float] = []
+        prompt = torch.tensor(case.sample.prompt_ids)
+        note: TokenCallback = lambda row, token: times.append(time.perf_counter())  # noqa: E731
+        found = generate(model, [prompt], generation_config=config, on_token=note)
     finally:
         detach(model)
     found.cache.clear()
     case.routed.prefill.append(found.route_seconds + found.prefill_seconds)
-    case.routed.per_token.append(found.decode_seconds / max(1, new_tokens - 1))
+    case.routed.per_token.append(_step_seconds(times))
     case.routed_text = _text(model, tokenizer, found.tokens[0])
     case.route, case.memory = found.route, found.memory
 

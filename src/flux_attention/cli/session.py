@@ -171,7 +171,7 @@ def route_row(label: str, route: Route, column: int = 0) -> RouteRow:
 
 
 class Bars:
-    """Progress bars for `evaluation.runner`: one line per cell, on the terminal's error stream."""
+    """Progress bar for `evaluation.runner`: the running cell, on the terminal's error stream."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Progress(
@@ -191,4 +191,9 @@ class Bars:
         self._bar.stop()
 
     def __call__(self, batches: Iterable[Any], total: int, label: str) -> Iterable[Any]:
-        yield from self._bar.track(batches, total=total, description=label)
+        task = self._bar.add_task(label, total=total)
+        for batch in batches:
+            yield batch
+            self._bar.advance(task)
+        # A board has hundreds of cells: only the running one is shown.
+        self._bar.remove_task(task)

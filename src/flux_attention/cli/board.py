@@ -1,0 +1,192 @@
+"""`flux-attn board`: runs the board and writes it as JSON, Markdown, figures and one HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flux_attention.cli.session import Bars, choose_device, choose_dtype, find_adapter, quiet
+from flux_attention.cli.terminal import print_table
+from flux_attention.evaluation.board import Board, BoardConfig, Outcome, Row, run_board
+from flux_attention.evaluation.metrics import Estimate
+from flux_attention.evaluation.results import environment, write_json, write_results
+from flux_attention.models.adapter import load_adapter
+from flux_attention.models.backbones import load_backbone
+from flux_attention.report import Point, RouteRow, Section, Table, pareto, render, route_heat_map, save_png, svg
+
+
+def run(
+    config: BoardConfig,
+    model: str,
+    adapters: list[str],
+    folder: Path,
+    *,
+    device: str,
+    dtype: str,
+    record: bool,
+    commit: str | None,
+    console: Console,
+    notes: Console,
+) -> Outcome:
+    """Run, print and write `folder/board.{json,md,html}` and the figures as PNG."""
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    loaded = [load_adapter(name) for name in adapters]
+    quiet()
+    with notes.status("loading"):
+        backbone, tokenizer = load_backbone(model, dtype=kind, device=where)
+        if not loaded:
+            loaded = [find_adapter(backbone)]
+    with Bars(notes) as bars:
+        outcome = run_board(Board(backbone, tokenizer, loaded, config, folder, progress=bars))
+    table = summary(outcome.rows)
+    print_table(console, table, f"board: mean Ω of the router {outcome.omega:.2f}")
+    for figure in outcome.figures:
+        console.print(str(figure))
+    settings = {
+        "backbone": str(backbone.config.name_or_path),
+        "adapters": [adapter.source for adapter in loaded],
+        "dtype": str(kind).removeprefix("torch."),
+        "n": config.samples,
+        "repetitions": len(loaded),
+        **asdict(config),
+    }
+    details = {
+        "rows": [asdict(row) for row in outcome.rows],
+        "left_out": [list(item) for item in outcome.left_out],
+        "routes": {task: [round(x, 4) for x in shares] for task, shares in outcome.routes.items()},
+    }
+    known = environment(where)
+    figures = [figure.to_dict() for figure in outcome.figures]
+    write_json(folder / "board.json", {**known, "settings": settings, "figures": figures, **details})
+    (folder / "board.md").write_text(markdown(outcome, table), encoding="utf-8")
+    (folder / "board.html").write_text(page(outcome, table, settings, known), encoding="utf-8")
+    for name, plot in _plots(outcome).items():
+        save_png(plot, folder / f"{name}.png")
+    notes.print(f"board: [bold]{folder / 'board.html'}[/bold]")
+    if record:
+        written = write_results(
+            "board", outcome.figures, device=where, settings=settings, details=details, commit=commit
+        )
+        notes.print(f"figures: [bold]{written}[/bold]")
+    return outcome
+
+
+def _cell(estimate: Estimate | None, digits: int = 3) -> str:
+    if estimate is None:
+        return ""
+    return f"{estimate.value:.{digits}f} ± {(estimate.high - estimate.low) / 2:.{digits}f}"
+
+
+def _points(margin: Estimate | None) -> str:
+    return "" if margin is None else f"{100 * margin.value:+.1f} [{100 * margin.low:+.1f}, {100 * margin.high:+.1f}]"
+
+
+def summary(rows: tuple[Row, ...]) -> Table:
+    """One line per entrant, best macro score first."""
+    ordered = sorted(rows, key=lambda row: -row.macro.value)
+    lines = [
+        (
+            row.name,
+            f"{row.sparsity:.3f}",
+            f"{row.kv_share:.2f}",
+            _cell(row.macro),
+            _cell(row.retrieval),
+            _cell(row.holistic),
+            _cell(row.nll_ratio),
+            _points(row.margin),
+        )
+        for row in ordered
+    ]
+    head = ("", "Ω", "KV bytes", "macro", "retrieval", "holistic", "NLL vs dense", "router leads at its Ω (points)")
+    return Table(head, lines, next(i for i, row in enumerate(ordered) if row.family == "router"))
+
+
+def by_task(rows: tuple[Row, ...]) -> Table:
+    """Scores of every task, router and dense and whoever stands near the router's Ω."""
+    router = next(row for row in rows if row.family == "router")
+    shown = [router, *(row for row in rows if row.family == "dense" or row.margin is not None)]
+    lines = [(key, *(f"{row.cells[key]:.3f}" for row in shown)) for key in router.cells]
+    return Table(("task @ tokens", *(row.name for row in shown)), lines)
+
+
+def _notes(outcome: Outcome) -> str:
+    text = (
+        "Means with half the width of their 95 % interval (bootstrap over samples). Tasks scored by NLL count with "
+        "exp(NLL dense − NLL). Macro: both classes of tasks the same. A lead is the paired difference to the baseline "
+        "brought to exactly the router's mean Ω, between its two neighbouring numbers of sparse layers."
+    )
+    if outcome.left_out:
+        listed = ", ".join(f"{key} ({value:.2f})" for key, value in outcome.left_out)
+        text += f" Not averaged, because the dense model itself scores below 0.10: {listed}."
+    return text
+
+
+def markdown(outcome: Outcome, table: Table) -> str:
+    """The board for a text page."""
+    figures = "\n".join(f"- {figure}" for figure in outcome.figures)
+    return f"{table.markdown()}\n\n{_notes(outcome)}\n\n{by_task(outcome.rows).markdown()}\n\n{figures}\n"
+
+
+def _plots(outcome: Outcome) -> dict[str, Any]:
+    families = {row.family for row in outcome.rows} - {"dense"}
+    points = [
+        Point(
+            row.family, row.sparsity, row.macro.value, row.macro.low, row.macro.high, highlight=row.family == "router"
+        )
+        for row in outcome.rows
+        if row.family in families
+    ]
+    dense = next(row for row in outcome.rows if row.family == "dense")
+    points.append(Point("dense", 0.0, dense.macro.value, dense.macro.low, dense.macro.high))
+    return {
+        "pareto": pareto(points, "macro score"),
+        "routes": route_heat_map(_routes(outcome), "share of prompts full"),
+    }
+
+
+def _routes(outcome: Outcome) -> list[RouteRow]:
+    return [
+        RouteRow(task, [share > 0.5 for share in shares], shares, omega=1 - sum(shares) / len(shares))
+        for task, shares in outcome.routes.items()
+    ]
+
+
+def page(outcome: Outcome, table: Table, settings: dict[str, Any], known: dict[str, Any]) -> str:
+    """The HTML page."""
+    plots = _plots(outcome)
+    facts = []
+    wanted = {
+        "board_mean_sparsity": "mean share of layers sparse",
+        "board_retrieval_vs_dense": "retrieval, of dense",
+        "board_holistic_vs_dense": "holistic, of dense",
+        "board_nll_vs_dense": "continuation NLL, of dense",
+        "board_margin_over_best_static": "points over the best static split at equal Ω",
+    }
+    for figure in outcome.figures:
+        if figure.name in wanted:
+            facts.append(
+                (wanted[figure.name], f"{figure.value:+.1f}" if figure.unit == "points" else f"{figure.value:.3f}")
+            )
+    sections = [
+        Section("Everyone on the board", table=table, note=_notes(outcome)),
+        Section(
+            "Quality against sparsity",
+            figures=[(svg(plots["pareto"], "macro score against Ω"), "Right and up is better.")],
+        ),
+        Section(
+            "Routes by task",
+            "Share of a task's prompts in which a layer runs full.",
+            figures=[(svg(plots["routes"], "routes by task"), "A dot: full for most prompts.")],
+        ),
+        Section("Task by task", table=by_task(outcome.rows)),
+    ]
+    lead = (
+        f"{settings['backbone']}, {len(settings['tasks'])} tasks at {' and '.join(map(str, settings['lengths']))} "
+        f"tokens, {settings['samples']} samples each; everyone answers the same samples on the same kernels."
+    )
+    foot = f"{known['device']} · torch {known['torch']} · commit {known['commit']} · {known['date']}"
+    return render("Does the context know better?", lead, facts, sections, foot)
