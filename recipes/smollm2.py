@@ -447,9 +447,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             )
             attributed = (made["attribution"], path_attribution(meter, options.points))
 
-    # Every tenth prompt only checks the fit.
-    held = [i for i in range(len(made["fit"])) if i % 10 == 9]
-    kept = [i for i in range(len(made["fit"])) if i % 10 != 9]
+    # Every eleventh prompt only checks the fit: the jobs go round the tasks, and 11 divides no number of tasks here.
+    held = [i for i in range(len(made["fit"])) if i % 11 == 10]
+    kept = [i for i in range(len(made["fit"])) if i % 11 != 10]
     target = targets_of(made["fit"], groups, rankings, attributed, options)
     if options.init == "damage":
         by_class = class_numbers(made["fit"])
