@@ -117,8 +117,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--ranking", choices=("greedy", "single", "path"), default="greedy", help="how a group's layers are ranked")
     add("--attribution-samples", type=int, default=200, help="with --mix or --ranking path")
     add("--points", type=int, default=3, help="points of the attribution's path")
-    add("--mix", type=float, nargs=3, default=[1.0, 0.0, 0.0], metavar=("GROUP", "TASK", "SAMPLE"),
-        help="weights of the group's ranking, the task's and the sample's attribution in a target")  # fmt: skip
+    add(
+        "--mix",
+        type=float,
+        nargs=3,
+        default=[1.0, 0.0, 0.0],
+        metavar=("GROUP", "TASK", "SAMPLE"),
+        help="weights of the group's ranking, the task's and the sample's attribution in a target",
+    )
     add("--softness", type=float, default=1.0, help="of the targets around the budget, in ranks")
     add("--fit-steps", type=int, default=500)
     add("--fit-batch", type=int, default=256)
@@ -146,10 +152,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     options = parser.parse_args(arguments)
     if options.smoke:
-        small = {"fit_prompts": 40, "greedy_samples": [1], "greedy_lengths": [800], "candidates": 1, "jump": 25,
-                 "fit_steps": 40, "fit_batch": 32, "distill_steps": min(options.distill_steps, 2), "distill_batch": 2,
-                 "distill_lengths": [800], "eval_samples": 1, "eval_length": 800, "attribution_samples": 4,
-                 "points": 1, "static_shares": []}  # fmt: skip
+        small = {
+            "fit_prompts": 40,
+            "greedy_samples": [1],
+            "greedy_lengths": [800],
+            "candidates": 1,
+            "jump": 25,
+            "fit_steps": 40,
+            "fit_batch": 32,
+            "distill_steps": min(options.distill_steps, 2),
+            "distill_batch": 2,
+            "distill_lengths": [800],
+            "eval_samples": 1,
+            "eval_length": 800,
+            "attribution_samples": 4,
+            "points": 1,
+            "static_shares": [],
+        }
         for name, value in small.items():
             setattr(options, name, value)
     options.group = options.group or [
@@ -158,8 +177,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     ]
     if len(options.greedy_samples) not in (1, len(options.group)):
         parser.error(f"--greedy-samples takes one number or one a group ({len(options.group)})")
-    options.greedy_samples = dict(zip((g.name for g in options.group), options.greedy_samples * len(options.group),
-                                      strict=False))  # fmt: skip
+    options.greedy_samples = dict(
+        zip((g.name for g in options.group), options.greedy_samples * len(options.group), strict=False)
+    )
     return options
 
 
@@ -226,8 +246,9 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[tuple[str, int, int
         for i in range(options.distill_batch):
             tasks = present[i % len(present)]
             number = step * options.distill_batch + i
-            jobs["gates"].append((tasks[(number // len(present)) % len(tasks)], 30_000 + number, length,
-                                  options.seed, "train"))  # fmt: skip
+            jobs["gates"].append(
+                (tasks[(number // len(present)) % len(tasks)], 30_000 + number, length, options.seed, "train")
+            )
     for task in EVALUATION:
         jobs[f"eval:{task}"] = spread_jobs([task], options.eval_samples, [options.eval_length], 1, "test")
     return jobs
@@ -283,8 +304,10 @@ def rank_group(
         stop=min(1.0, group.target + 0.08) if options.ranking == "greedy" else 0.0,
     )
     for row in found.curve:
-        print(f"  {group.name}: Ω {row['sparse'] / layers:.2f} damage {row['damage']:.4f} "
-              f"nll {row['nll']:.4f} accuracy {row['accuracy']:.3f}")  # fmt: skip
+        print(
+            f"  {group.name}: Ω {row['sparse'] / layers:.2f} damage {row['damage']:.4f} "
+            f"nll {row['nll']:.4f} accuracy {row['accuracy']:.3f}"
+        )
     print(f"  {group.name}: {found.order} from {dict(used)}", flush=True)
     return found, dict(used)
 
@@ -436,8 +459,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with cost.phase("greedy"):
             rankings[group.name], used = rank_group(controller, group, made[f"greedy:{group.name}"], options)
         found = rankings[group.name]
-        log["rankings"][group.name] = {"order": found.order, "measured": found.measured, "samples": used,
-                                       "target": group.target, "curve": found.curve}  # fmt: skip
+        log["rankings"][group.name] = {
+            "order": found.order,
+            "measured": found.measured,
+            "samples": used,
+            "target": group.target,
+            "curve": found.curve,
+        }
     attributed = None
     if made["attribution"]:
         with cost.phase("attribute"):
@@ -458,9 +486,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.fit_steps:
         with cost.phase("fit"):
             fit_config = TrainConfig(
-                objective="damage", steps=options.fit_steps, batch_size=options.fit_batch, accumulation=1,
-                router_lr=options.fit_lr, warmup_share=0.1, weight_decay=0.1, seed=options.seed, logging_steps=50,
-            )  # fmt: skip
+                objective="damage",
+                steps=options.fit_steps,
+                batch_size=options.fit_batch,
+                accumulation=1,
+                router_lr=options.fit_lr,
+                warmup_share=0.1,
+                weight_decay=0.1,
+                seed=options.seed,
+                logging_steps=50,
+            )
             data = FeatureDataset(pooled[:, kept], target[kept], class_numbers([made["fit"][i] for i in kept]))
             trainer = RouterTrainer(controller, fit_config, data, log_dir / "fit", report_to=report_to, progress=False)
             trainer.train()
@@ -473,11 +508,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with cost.phase(options.objective):
             targets = {c: class_target(groups, c) for c in TASK_CLASSES}
             gate_config = TrainConfig(
-                objective=options.objective, steps=options.distill_steps, batch_size=options.distill_batch,
-                accumulation=1, targets=targets, router_lr=options.distill_lr, multiplier_lr=options.multiplier_lr,
-                multiplier_start=options.multiplier_start, gumbel_noise=options.gumbel_noise, seed=options.seed,
+                objective=options.objective,
+                steps=options.distill_steps,
+                batch_size=options.distill_batch,
+                accumulation=1,
+                targets=targets,
+                router_lr=options.distill_lr,
+                multiplier_lr=options.multiplier_lr,
+                multiplier_start=options.multiplier_start,
+                gumbel_noise=options.gumbel_noise,
+                seed=options.seed,
                 logging_steps=5,
-            )  # fmt: skip
+            )
             trainer = GateTrainer(
                 controller, gate_config, RouterDataset(made["gates"]), log_dir / options.objective, report_to=report_to
             )
@@ -502,9 +544,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             statics[f"static {name} {share:.2f}"] = Static.from_ranking(order, share)
     statics["interleaved 0.80"] = Interleaved(0.8)
     evaluation_start = time.perf_counter()
-    table = evaluate(
-        controller, {task: made[f"eval:{task}"] for task in EVALUATION}, statics, options.batch_tokens
-    )
+    table = evaluate(controller, {task: made[f"eval:{task}"] for task in EVALUATION}, statics, options.batch_tokens)
     detach(model)
     print_table(table)
     print(cost.table())

@@ -194,9 +194,7 @@ def path_attribution(meter: DamageMeter, points: int = 3) -> Tensor:
                 logits = answer_logits(controller, batch["input_ids"], batch["attention_mask"], answer)
                 kl = token_kl(teacher, logits)
                 whole = torch.tensor([counts_as_whole(meter.samples[p]) for p in places], device=kl.device)
-                total = torch.where(
-                    whole, answer.sample_sum(kl, len(places)), answer.sample_mean(kl, len(places))
-                )
+                total = torch.where(whole, answer.sample_sum(kl, len(places)), answer.sample_mean(kl, len(places)))
                 # A sample's KL depends on its own gates only, so the gradient of the sum is every sample's own.
                 (slope,) = torch.autograd.grad(total.sum(), gates)
             result[places] -= slope.T.float().cpu() / points

@@ -56,9 +56,7 @@ class AnswerTokens:
         return values.new_zeros(batch).index_add(0, self.rows, values)
 
 
-def answer_logits(
-    controller: FluxAttention, input_ids: Tensor, attention_mask: Tensor, answer: AnswerTokens
-) -> Tensor:
+def answer_logits(controller: FluxAttention, input_ids: Tensor, attention_mask: Tensor, answer: AnswerTokens) -> Tensor:
     """Logits at the answer positions only, `[n, V]` in the model's precision.
 
     The output layer runs on n rows: logits of a long prompt would take more memory than the model.
