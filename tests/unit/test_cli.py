@@ -186,3 +186,10 @@ def test_training_settings_are_checked_first(run, tmp_path):
 def test_debug_shows_where_an_error_came_from():
     with pytest.raises(ValueError, match="unknown suite"):
         main(["eval", "--suite", "guess", "--debug"])
+
+
+def test_without_its_packages_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "flux_attention.cli.app", raising=False)
+    with pytest.raises(SystemExit, match=r"needs typer: pip install 'flux-attention\[demo\]'"):
+        main([])
