@@ -281,7 +281,7 @@ class FluxCache(Cache):
         return total
 
     def reserve(self, tokens: Sequence[int]) -> None:
-        """Check, before any work, that `tokens[row]` more tokens fit; raises `PoolExhaustedError` and changes nothing."""
+        """Check that `tokens[row]` more tokens fit, before any work; else `PoolExhaustedError`, and nothing changed."""
         if self.pool is not None and self.pool.max_pages is not None:
             need = sum(
                 max(0, self.pages_needed(layer, row, n) - len(self._pages[layer][row]))
