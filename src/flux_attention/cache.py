@@ -313,13 +313,7 @@ class FluxCache(Cache):
         sinks = self.flux_config.sink_tokens
         if self.drops_keys(layer, row):
             kept_from = self._kept_from(end)
-            drop_to = (kept_from - sinks) // page
-            sink_pages = sinks // page
-            if drop_to > dropped:
-                gone = pages[sink_pages : sink_pages + drop_to - dropped]
-                del pages[sink_pages : sink_pages + drop_to - dropped]
-                self.pool.release(gone)
-                self._dropped[layer][row] = dropped = drop_to
+            dropped = self._drop_before(layer, row, kept_from)
             # Of the new tokens, those between the sinks and the window are never stored.
             spans = [(start, min(end, sinks)), (max(start, kept_from), end)]
         else:
@@ -334,6 +328,18 @@ class FluxCache(Cache):
             self.pool.keys.flatten(0, 1)[slots] = keys[first - start : last - start]
             self.pool.values.flatten(0, 1)[slots] = values[first - start : last - start]
         self._publish(layer, row, end)
+
+    def _drop_before(self, layer: int, row: int, kept_from: int) -> int:
+        """Give back the pages between the sinks and position `kept_from`; returns the pages this row has dropped."""
+        assert self.pool is not None
+        pages, first = self._pages[layer][row], self.flux_config.sink_tokens // self.page_tokens
+        drop_to = (kept_from - self.flux_config.sink_tokens) // self.page_tokens
+        # A chunk longer than the window drops positions that were never stored: fewer pages go than positions.
+        gone = pages[first : first + drop_to - self._dropped[layer][row]]
+        del pages[first : first + len(gone)]
+        self.pool.release(gone)
+        self._dropped[layer][row] = drop_to
+        return drop_to
 
     def _slots(self, pages: list[int], first: int, last: int, sinks: int, dropped: int) -> Tensor:
         """Flat slots of positions `first … last` (all on one side of the gap)."""
@@ -362,7 +368,7 @@ class FluxCache(Cache):
         Touches the device only for the rows that begin a page, so most steps cost nothing.
         """
         assert self.pool is not None
-        page, sinks = self.page_tokens, self.flux_config.sink_tokens
+        page = self.page_tokens
         starting = [row for row, length in enumerate(self.lengths) if length % page == 0]
         if not starting:
             return
@@ -371,12 +377,7 @@ class FluxCache(Cache):
             for row in starting:
                 length, pages = self.lengths[row], self._pages[layer][row]
                 if self.drops_keys(layer, row):
-                    drop_to = (self._kept_from(length) - sinks) // page
-                    first = sinks // page
-                    gone = pages[first : first + drop_to - self._dropped[layer][row]]
-                    del pages[first : first + len(gone)]
-                    self.pool.release(gone)
-                    self._dropped[layer][row] = drop_to
+                    self._drop_before(layer, row, self._kept_from(length))
                 if len(pages) * page <= length - self._dropped[layer][row] * page:
                     pages.extend(self.pool.allocate(1))
                 self._publish(layer, row, length)
