@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from flux_attention.cli.convert import convert
+
 T = TypeVar("T")
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.command()(convert)
 
 SMOLLM2 = "smollm2"
 

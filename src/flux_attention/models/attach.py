@@ -11,6 +11,7 @@ and packing), the cache, and the route. Everything the attention function needs 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,12 +30,15 @@ from flux_attention.cache import FluxCache, PagePool
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import Packing, paged_decode
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
+from flux_attention.models.delta import AppliedDelta
 from flux_attention.models.families import family_of
 from flux_attention.modes import Mode, make_mode
 from flux_attention.route import Dial, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
 
 ATTENTION_NAME = "flux_attention"
+
+_logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------- layout
@@ -219,6 +223,7 @@ class FluxAttention:
         dial: range that a routed request's sparsity is held in.
         impl: kernel implementation of prefill attention, "auto" or a name of `kernels.api`.
         last_route: route of the last prefill.
+        delta: weights of the backbone that the adapter replaced until `detach`; None where it replaced none.
     """
 
     def __init__(self, model: PreTrainedModel, config: FluxConfig, router: LayerRouter) -> None:
@@ -235,6 +240,7 @@ class FluxAttention:
         self.impl = "auto"
         self.decode_impl = "auto"
         self.last_route: Route | None = None
+        self.delta: AppliedDelta | None = None
         self.full_mode: Mode = make_mode(config.retrieval_mode, config)
         self.sparse_mode: Mode = make_mode(config.sparse_mode, config)
         self._step: Step | None = None
@@ -275,6 +281,9 @@ class FluxAttention:
         self.decoder.config._attn_implementation = self._implementation
         del self.decoder._flux_config
         del self.model._flux_attention_controller
+        if self.delta is not None:
+            self.delta.revert(self.model)
+            self.delta = None
 
     # ------------------------------------------------------------------ what users call
 
@@ -799,7 +808,8 @@ def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | 
             router, which starts with every layer full. None = `FluxConfig()`.
 
     Returns:
-        the controller; `detach(model)` ends it.
+        the controller; `detach(model)` ends it. An adapter with a `delta` replaces weights of the model until then; the
+        controller's `delta` and a logged warning name them.
 
     Raises:
         ValueError: unknown family, adapter of another backbone, or a model that is attached already.
@@ -823,6 +833,15 @@ def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | 
         router.load_state_dict(adapter.state)
     router.to(next(decoder.parameters()).device).float().eval()
     controller = FluxAttention(model, flux, router)
+    if isinstance(adapter, Adapter) and adapter.delta is not None:
+        controller.delta = AppliedDelta.apply(model, adapter.delta)
+        _logger.warning(
+            "%s replaces %d weights of %s until detach: %s",
+            adapter.source,
+            len(controller.delta.names),
+            found.name,
+            ", ".join(sorted({name.rpartition("self_attn.")[2] for name in controller.delta.names})),
+        )
     controller._install()
     return controller
 
