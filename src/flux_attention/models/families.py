@@ -20,12 +20,14 @@ class Family:
         attention: attribute of a decoder layer that holds its attention module.
         query: projection from hidden states to queries.
         query_norm: norm of a head's query before RoPE, where the family has one.
+        input_norm: attribute of a decoder layer that holds the norm before its attention.
     """
 
     model_type: str
     attention: str = "self_attn"
     query: str = "q_proj"
     query_norm: str | None = None
+    input_norm: str = "input_layernorm"
 
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Queries before RoPE, `hidden [S, K, hidden]` → `[S, K, Hq, D]`."""

@@ -1,0 +1,106 @@
+"""Activation checkpointing of decoder layers under routed training.
+
+A layer's first pass keeps its input and its gate and nothing else; the backward pass runs the layer again. Because the
+gate is an input of the layer here, decided outside of what is run twice, the first pass computes the chosen side of the
+attention alone (`models.blend`), and every rank and both passes decide alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flux_attention.models.attach import FluxAttention, Step
+
+Run = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class _Recomputed(torch.autograd.Function):
+    """`run(hidden, gate)` without a graph; the backward pass runs it once more with one."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(hidden, gate)
+        with torch.no_grad():
+            return run(hidden, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # The first layer's input comes from the frozen embedding: nothing below its gate wants a gradient.
+        wanted = ctx.needs_input_grad[1:3]
+        inputs = [
+            None if x is None else x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        with torch.enable_grad():
+            out = ctx.run(*inputs)
+        ctx.run = None
+        leaves = [x for x in inputs if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(out, leaves, gradients))
+        return None, *(next(found) if w else None for w in wanted)
+
+
+@contextmanager
+def recomputed_layers(controller: FluxAttention) -> Iterator[None]:
+    """Training passes inside the block keep one tensor a layer; the layers are as before afterwards.
+
+    The backward pass has to run inside the block, too.
+    """
+    changed: list[nn.Module] = []
+    routed = {layer: index for index, layer in enumerate(controller.layers)}
+    try:
+        for number, module in enumerate(controller.decoder.layers):
+            module.forward = functools.partial(_forward, controller, routed.get(number), module, module.forward)
+            changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            # The class's own method is found again.
+            del module.forward
+
+
+def _forward(
+    controller: FluxAttention,
+    index: int | None,
+    module: Any,
+    original: Callable[..., Tensor],
+    hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    step = controller._step
+    if step is None or step.soft is None or step.collect or not torch.is_grad_enabled():
+        return original(hidden_states, *args, **kwargs)
+    gate = None
+    if index is not None:
+        attention = getattr(module, controller.family.attention)
+        norm = getattr(module, controller.family.input_norm)
+        # Only the pooled tokens go through the norm here; a norm sees one token at a time.
+        gate = controller.layer_gate(
+            step, index, hidden_states, lambda tokens: controller.family.queries(attention, norm(tokens))
+        )
+
+    def run(hidden: Tensor, own: Tensor | None) -> Tensor:
+        with _as_current(controller, step, index, own):
+            return original(hidden, *args, **kwargs)
+
+    out: Tensor = _Recomputed.apply(run, hidden_states, gate)
+    return out
+
+
+@contextmanager
+def _as_current(controller: FluxAttention, step: Step, index: int | None, gate: Tensor | None) -> Iterator[None]:
+    """The step that a layer belonged to, with `gate` in the place of the layer's own."""
+    before, controller._step = controller._step, step
+    if gate is not None:
+        step.packings["input", index] = gate
+    try:
+        yield
+    finally:
+        step.packings.pop(("input", index), None)
+        controller._step = before
