@@ -15,6 +15,7 @@ from flux_attention.router import gumbel_noise, straight_through_gate
 from flux_attention.training.chunked_loss import chunked_cross_entropy, chunked_kl
 from flux_attention.training.objective import AnswerObjective, TaskLoss
 from flux_attention.training.parallel import Ulysses
+from flux_attention.training.settle import RouteWindow
 
 
 class PackedObjective(AnswerObjective):
@@ -40,6 +41,8 @@ class PackedObjective(AnswerObjective):
     ) -> None:
         super().__init__(controller, loss, targets, noise=noise, multiplier_start=multiplier_start)
         self.exchange = exchange
+        #: Where the trainer collects decisions, to see when they settle; None = nowhere.
+        self.window: RouteWindow | None = None
 
     def forward(  # type: ignore[override]
         self,

@@ -24,9 +24,15 @@ class _Recomputed(torch.autograd.Function):
     """`run(hidden, gate)` without a graph; the backward pass runs it once more with one."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        ctx.run = run
-        ctx.save_for_backward(hidden, gate)
+    def forward(ctx: Any, run: Run, hidden: Tensor, gate: Tensor | None, offload: bool) -> Tensor:
+        ctx.run, ctx.device = run, hidden.device
+        if offload and hidden.is_cuda:
+            kept = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+            # In the order of the stream: whatever overwrites `hidden` later waits for this copy.
+            kept.copy_(hidden, non_blocking=True)
+        else:
+            kept = hidden
+        ctx.save_for_backward(kept, gate)
         with torch.no_grad():
             return run(hidden, gate)
 
@@ -34,28 +40,34 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # The first layer's input comes from the frozen embedding: nothing below its gate wants a gradient.
         wanted = ctx.needs_input_grad[1:3]
-        inputs = [
-            None if x is None else x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)
-        ]
+        kept, gate = ctx.saved_tensors
+        hidden = kept.to(ctx.device, non_blocking=True).detach().requires_grad_(wanted[0])
+        gate = None if gate is None else gate.detach().requires_grad_(wanted[1])
         with torch.enable_grad():
-            out = ctx.run(*inputs)
+            out = ctx.run(hidden, gate)
         ctx.run = None
-        leaves = [x for x in inputs if x is not None and x.requires_grad]
+        leaves = [x for x in (hidden, gate) if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(out, leaves, gradients))
-        return None, *(next(found) if w else None for w in wanted)
+        return None, *(next(found) if w else None for w in wanted), None
 
 
 @contextmanager
-def recomputed_layers(controller: FluxAttention) -> Iterator[None]:
+def recomputed_layers(controller: FluxAttention, *, offload: bool = False) -> Iterator[None]:
     """Training passes inside the block keep one tensor a layer; the layers are as before afterwards.
 
     The backward pass has to run inside the block, too.
+
+    Args:
+        offload: keep these tensors in the host's memory: `T·E` values a layer less on the device, for two copies of
+            them over the bus.
     """
     changed: list[nn.Module] = []
     routed = {layer: index for index, layer in enumerate(controller.layers)}
     try:
         for number, module in enumerate(controller.decoder.layers):
-            module.forward = functools.partial(_forward, controller, routed.get(number), module, module.forward)
+            module.forward = functools.partial(
+                _forward, controller, routed.get(number), module, module.forward, offload
+            )
             changed.append(module)
         yield
     finally:
@@ -69,6 +81,7 @@ def _forward(
     index: int | None,
     module: Any,
     original: Callable[..., Tensor],
+    offload: bool,
     hidden_states: Tensor,
     *args: Any,
     **kwargs: Any,
@@ -89,7 +102,7 @@ def _forward(
         with _as_current(controller, step, index, own):
             return original(hidden, *args, **kwargs)
 
-    out: Tensor = _Recomputed.apply(run, hidden_states, gate)
+    out: Tensor = _Recomputed.apply(run, hidden_states, gate, offload)
     return out
 
 
