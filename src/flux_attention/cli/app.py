@@ -10,7 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from flux_attention.cli import data as data_commands
 from flux_attention.cli.convert import convert
+from flux_attention.cli.packs import train_packs
 
 T = TypeVar("T")
 
@@ -24,7 +26,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-app.command()(convert)
 
 SMOLLM2 = "smollm2"
 
@@ -434,6 +435,11 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_adapter(out)
     notes.print(f"adapter: [bold]{out}[/bold]   try it: flux-attn eval --suite quick --adapter {out}")
+
+
+app.command(name="train-packs")(train_packs)
+app.add_typer(data_commands.app, name="data")
+app.command()(convert)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
