@@ -113,10 +113,13 @@ def make_pack(setup: Setup, tokens: int, document: int) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------ check
 
 
-def gate_gradient(controller: FluxAttention, pack: dict[str, Tensor], gates: Tensor, recompute: bool) -> Tensor:
-    """Loss and the gates' gradient `[1 + L·S]` of the cross entropy over a pack, under fixed gates of 0 and 1."""
+def gate_gradient(controller: FluxAttention, pack: dict[str, Tensor], gates: Tensor, ours: bool) -> Tensor:
+    """Loss and the gates' gradient `[1 + L·S]` of the cross entropy over a pack, under fixed gates of 0 and 1.
+
+    `ours`: one side with a graph, layers recomputed; otherwise both sides blended, everything kept.
+    """
     gates = gates.clone().requires_grad_()
-    full = tuple(tuple(v > 0.5 for v in row) for row in gates.tolist())
+    full = tuple(tuple(v > 0.5 for v in row) for row in gates.tolist()) if ours else None
     lengths = tuple(pack["lengths"].tolist())
     soft = SoftRouting(forced=gates, forced_full=full, layout=pack_layout(pack["input_ids"].shape[1], lengths))
     head = controller.model.get_output_embeddings().weight
@@ -128,7 +131,7 @@ def gate_gradient(controller: FluxAttention, pack: dict[str, Tensor], gates: Ten
             ).last_hidden_state
         return chunked_cross_entropy(hidden[0], head, pack["targets"][0], pack["token_weight"][0])
 
-    if recompute:
+    if ours:
         with recomputed_layers(controller):
             found = loss()
             found.backward()
@@ -158,7 +161,7 @@ def checks(setup: Setup, record: Recorder) -> None:
         controller = attached(setup, model, impl)
         try:
             with fused(model, setup.fuse if name == "ours" else "none"):
-                found[name] = gate_gradient(controller, pack, gates, recompute=name == "ours")
+                found[name] = gate_gradient(controller, pack, gates, ours=name == "ours")
         finally:
             detach(model)
     del model, controller
