@@ -256,3 +256,21 @@ def test_the_model_is_as_it_was():
     detach(model)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_fractions_can_be_recomputed_too():
+    controller = attach_tiny()
+    controller.model.requires_grad_(False)
+    batch = batch_of(make_samples(2))
+    found = []
+    for recompute in (False, True):
+        gates = torch.full((len(controller.layers), 2), 0.3).requires_grad_()
+        with controller.soft_routing(SoftRouting(forced=gates)):
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+            if recompute:
+                with recomputed_layers(controller):
+                    controller.decoder(**inputs).last_hidden_state.square().sum().backward()
+            else:
+                controller.decoder(**inputs).last_hidden_state.square().sum().backward()
+        found.append(gates.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -732,6 +732,8 @@ class FluxAttention:
             return mode.prefill(some_q, some_k, some_v, packing, some_ends, scale=scale, impl=self.impl)
 
         gate = step.packings.get(("gate", layer)) if step.gates is None else step.gates[layer]
+        # A recomputed layer takes its gate as an input of its own, to which the gradient belongs.
+        gate = step.packings.get(("input", layer), gate)
         assert gate is not None
         if step.gates is not None and step.use_full is None:
             every = list(range(len(layout.counts)))
@@ -742,8 +744,6 @@ class FluxAttention:
             if ("host", layer) not in step.packings:
                 step.packings["host", layer] = host_decisions(gate[None])[0]
             use_full = step.packings["host", layer]
-        # A recomputed layer takes its gate as an input of its own, to which the gradient belongs.
-        gate = step.packings.get(("input", layer), gate)
         return hard_blend(side, self.full_mode, self.sparse_mode, gate, use_full, layout.counts)
 
     def _routed(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
