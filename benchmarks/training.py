@@ -114,7 +114,9 @@ def make_pack(setup: Setup, tokens: int, document: int) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------ check
 
 
-def gate_gradient(controller: FluxAttention, pack: dict[str, Tensor], gates: Tensor, ours: bool) -> dict[str, Tensor]:
+def gate_gradient(
+    controller: FluxAttention, pack: dict[str, Tensor], gates: Tensor, *, blended: bool, recompute: bool
+) -> dict[str, Tensor]:
     """Loss and the gates' gradient `[L, S]` of the cross entropy over a pack, under fixed gates of 0 and 1.
 
     `blended`: both sides with a graph, whatever the gates say, as the formula is written.
@@ -144,7 +146,8 @@ def gate_gradient(controller: FluxAttention, pack: dict[str, Tensor], gates: Ten
 
 
 def checks(setup: Setup, record: Recorder) -> None:
-    config = setup.model.__class__(**{**setup.model.to_dict(), "num_hidden_layers": CHECK_LAYERS})
+    shape = {name: value for name, value in setup.model.to_dict().items() if name != "layer_types"}
+    config = type(setup.model)(**{**shape, "num_hidden_layers": CHECK_LAYERS})
     torch.manual_seed(1)
     pack = make_pack(setup, CHECK_DOCUMENTS * setup.check_tokens, setup.check_tokens)
     gates = torch.tensor(
