@@ -237,6 +237,21 @@ def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -
     return {"seconds": seconds[1:], "peak_gb": peak, "omega": omega}
 
 
+def fitting(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -> dict[str, Any] | None:
+    """`run_steps`, with the layers' inputs in the host's memory where it does not fit otherwise; None = not at all."""
+    for offload in (setup.offload, True):
+        try:
+            return {**run_steps(replace(setup, offload=offload), controller, kind, tokens), "offload": offload}
+        except torch.cuda.OutOfMemoryError as error:
+            print(
+                f"    {tokens} tokens do not fit{' even' if offload else ' un'}offloaded: {str(error)[:80]}", flush=True
+            )
+            # The traceback holds the tensors of the failed step.
+            del error
+        free(setup)
+    return None
+
+
 def training(setup: Setup, record: Recorder) -> None:
     model = build(setup.model, setup.device, setup.dtype)
     controller = attached(setup, model)
@@ -247,24 +262,16 @@ def training(setup: Setup, record: Recorder) -> None:
         for tokens in setup.lengths:
             for kind in setup.objectives:
                 label = f"train_8b_{tokens // 1024}k_{kind}{suffix}"
-                try:
-                    row = run_steps(setup, controller, kind, tokens)
-                except torch.cuda.OutOfMemoryError:
-                    table.append({"tokens": tokens, "objective": kind, "tokens_per_s": None, "fits": False})
+                row = fitting(setup, controller, kind, tokens)
+                if row is None:
+                    table.append({"tokens": tokens, "objective": kind, "fits": False})
                     record.note("table", table)
-                    free(setup)
                     continue
-                rates = [tokens / s for s in row["seconds"]]
+                rates = [tokens / s for s in row.pop("seconds")]
                 record.add(f"{label}_tokens_per_s", statistics.median(rates), "tokens/s", rates)
                 peaks[tokens] = max(peaks.get(tokens, 0.0), row["peak_gb"])
                 table.append(
-                    {
-                        "tokens": tokens,
-                        "objective": kind,
-                        "tokens_per_s": statistics.median(rates),
-                        "peak_gb": row["peak_gb"],
-                        "omega": row["omega"],
-                    }
+                    {"tokens": tokens, "objective": kind, "tokens_per_s": statistics.median(rates), "fits": True, **row}
                 )
                 record.note("table", table)
             if tokens in peaks:
@@ -330,6 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "repetitions": setup.steps,
     }
     name = "training" if setup.sparsity is None else f"training-sparse{round(100 * setup.sparsity)}"
+    if options.lengths != "65536":
+        # A file is replaced by the next of its name: the table must not take the figures with it.
+        name += "-table"
     prefix = ""
 
     def recorder(_: str) -> Recorder:

@@ -38,9 +38,3 @@ def test_the_toy_run_checks_and_records(tmp_path):
     # The route was what the command line asked for.
     assert all(row["omega"] == 0.5 for row in rows)
     assert data["settings"]["backbone"] == "toy"
-
-
-def test_a_real_model_needs_a_gpu():
-    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode != 0 and "needs a CUDA device" in done.stderr

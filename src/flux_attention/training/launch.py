@@ -7,9 +7,10 @@ Under `torchrun` or `accelerate launch` every rank calls it.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,31 @@ def run(plan: PackRun, *, resume: bool = False, device: str = "auto", progress: 
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_adapter(plan.out)
     return trainer
+
+
+def main(plan: PackRun, arguments: Sequence[str] | None = None) -> PackTrainer:
+    """A recipe's own command line: its plan, with a few settings replaced by options."""
+    parser = argparse.ArgumentParser(description=f"Train a router for {plan.model}.")
+    parser.add_argument("--model", default=plan.model)
+    parser.add_argument("--data", type=Path, default=plan.data)
+    parser.add_argument("--out", type=Path, default=plan.out)
+    parser.add_argument("--runs", type=Path, default=plan.runs)
+    parser.add_argument("--steps", type=int, default=plan.scale.steps)
+    parser.add_argument("--accumulation", type=int, default=plan.scale.accumulation)
+    parser.add_argument("--sequence-parallel", type=int, default=plan.scale.sequence_parallel)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --runs")
+    options = parser.parse_args(arguments)
+    scale = replace(
+        plan.scale,
+        steps=options.steps,
+        accumulation=options.accumulation,
+        sequence_parallel=options.sequence_parallel,
+        # A single process has nobody to share the layers with.
+        shard_backbone=plan.scale.shard_backbone and "LOCAL_RANK" in os.environ,
+    )
+    where = {name: getattr(options, name) for name in ("model", "data", "out", "runs")}
+    return run(replace(plan, scale=scale, **where), resume=options.resume, device=options.device)
 
 
 def rank_device(name: str = "auto") -> torch.device:
