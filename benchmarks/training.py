@@ -1,6 +1,6 @@
 """Training a router for an 8B model (the shapes of Qwen3-8B, random weights) on one device: tokens a second and memory.
 
-    python benchmarks/training.py [--lengths 65536] [--objectives lm,distill] [--fuse none|compile] [--out DIR]
+    python benchmarks/training.py [--lengths 65536] [--objectives lm,distill] [--compile] [--out DIR]
 
 A step is one pack: forward, backward, clipping and AdamW, as the Trainer does them. Packs hold documents of 32K tokens
 (two of half the pack where it is shorter), and every token is learned, which is the dearest case for the loss. The
@@ -20,13 +20,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Recorder, run_sections, sync
-from end_to_end import build, fused, qwen3_8b, toy
+from end_to_end import build, qwen3_8b, toy
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
 
@@ -35,6 +36,7 @@ from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
 from flux_attention.models.attach import FluxAttention, SoftRouting, attach, detach
 from flux_attention.modes import Mode
 from flux_attention.training.chunked_loss import chunked_cross_entropy
+from flux_attention.training.compiled import compiled_layers
 from flux_attention.training.packed_objective import PackedObjective, pack_layout
 from flux_attention.training.recompute import recomputed_layers
 
@@ -59,7 +61,7 @@ class Setup:
     check_tokens: int
     steps: int
     sparsity: float | None
-    fuse: str
+    compile: bool
     impl: str
     sparse_impl: str
     offload: bool
@@ -167,7 +169,7 @@ def checks(setup: Setup, record: Recorder) -> None:
         controller = attached(setup, model, impl)
         ours = name == "ours"
         try:
-            with fused(model, setup.fuse if ours else "none"):
+            with compiled_layers(controller) if ours and setup.compile else nullcontext():
                 # In float32 whole score matrices are kept: too much for all layers at a time.
                 found[name] = gate_gradient(controller, pack, gates, blended=not ours, recompute=name != "plain")
         finally:
@@ -258,7 +260,7 @@ def training(setup: Setup, record: Recorder) -> None:
     table: list[dict[str, Any]] = []
     peaks: dict[int, float] = {}
     suffix = "" if setup.sparsity is None else f"_sparse{round(100 * setup.sparsity)}"
-    with fused(model, setup.fuse):
+    with compiled_layers(controller) if setup.compile else nullcontext():
         for tokens in setup.lengths:
             for kind in setup.objectives:
                 label = f"train_8b_{tokens // 1024}k_{kind}{suffix}"
@@ -285,7 +287,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--objectives", default="lm,distill")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after one to warm up")
     parser.add_argument("--sparsity", type=float, default=None, help="share of layers that run sparse")
-    parser.add_argument("--fuse", choices=("none", "compile", "liger"), default="none", help="norms and MLPs")
+    parser.add_argument("--compile", action="store_true", help="compile norms and gating for passes with gradients")
     parser.add_argument("--impl", default="auto", help="of attention")
     parser.add_argument("--sparse-impl", default=None, help="of the sparse side alone")
     parser.add_argument("--offload", action="store_true", help="keep the layers' inputs in the host's memory")
@@ -314,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_tokens=512 if tiny else 4096,
         steps=1 if tiny else options.steps,
         sparsity=options.sparsity,
-        fuse=options.fuse,
+        compile=options.compile,
         impl=options.impl,
         sparse_impl=options.sparse_impl or options.impl,
         offload=options.offload,
@@ -329,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sink_tokens": flux.sink_tokens,
         "window_tokens": flux.window_tokens,
         "sparsity": setup.sparsity,
-        "fuse": setup.fuse,
+        "compile": setup.compile,
         "impl": setup.impl,
         "sparse_impl": setup.sparse_impl,
         "offload": setup.offload,

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from flux_attention.data.sample import TASK_CLASSES
 from flux_attention.models.attach import SoftRouting, attach, detach
+from flux_attention.models.overrides import forward_overrides
 from flux_attention.training.chunked_loss import chunked_cross_entropy, chunked_kl
+from flux_attention.training.compiled import compiled_layers
 from flux_attention.training.objective import AnswerObjective
 from flux_attention.training.packed_objective import PackedObjective
 from flux_attention.training.packing import Pack, PackCollator, PackedDataset, pack_lengths
@@ -274,3 +276,64 @@ def test_fractions_can_be_recomputed_too():
                 controller.decoder(**inputs).last_hidden_state.square().sum().backward()
         found.append(gates.grad)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "gemma3"])
+def test_compiled_layers_give_the_same_gradients(family):
+    controller = attach_tiny("probe", family)
+    controller.model.requires_grad_(False)
+    objective = PackedObjective(controller, "lm", TARGETS, noise=False)
+    batch = Pack.of(make_samples(2)).as_dict()
+    expected, wanted = gradients(objective, batch)
+    seen = []
+    with compiled_layers(controller, backend="aot_eager"):
+        changed = [m for m in controller.decoder.modules() if "forward" in vars(m)]
+        seen += {type(m).__name__ for m in changed}
+        found, actual = gradients(objective, batch, recompute=True)
+        # A pass without gradients runs the model's own code.
+        with torch.no_grad():
+            torch.testing.assert_close(objective(**batch)["loss"], expected["loss"].detach(), rtol=1e-6, atol=1e-6)
+    assert any(name.endswith("RMSNorm") for name in seen)
+    assert any(name.endswith("MLP") for name in seen) == (family != "qwen3_moe")
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
+    assert_same(actual, wanted)
+    assert not any("forward" in vars(m) for m in controller.model.modules())
+
+
+def test_the_last_product_is_not_computed_again():
+    controller = attach_tiny()
+    controller.model.requires_grad_(False)
+    objective = PackedObjective(controller, "lm", TARGETS, noise=False)
+    batch = Pack.of(make_samples(2)).as_dict()
+    expected = gradients(objective, batch)[1]
+    objective.zero_grad()
+    real, poisoned = torch.Tensor.new_empty, []
+
+    def poison(self, *shape, **options):
+        poisoned.append(shape)
+        return real(self, *shape, **options).fill_(torch.nan)
+
+    with recomputed_layers(controller):
+        loss = objective(**batch)["loss"]
+        try:
+            # Whatever the memory holds must reach nothing.
+            torch.Tensor.new_empty = poison
+            loss.backward()
+        finally:
+            torch.Tensor.new_empty = real
+    tokens, hidden = int(batch["lengths"].sum()), controller.decoder.config.hidden_size
+    assert poisoned.count((1, tokens, hidden)) == len(controller.layers)
+    assert_same({n: p.grad for n, p in objective.named_parameters()}, expected)
+
+
+def test_overrides_of_others_are_put_back():
+    module = torch.nn.Linear(2, 2)
+    mine = lambda x: x * 0  # noqa: E731
+    module.forward = mine
+    with forward_overrides() as override:
+        override(module, lambda before: lambda x: before(x) + 1)
+        with forward_overrides() as inner:
+            inner(module, lambda before: lambda x: before(x) + 2)
+            assert module(torch.ones(2)).tolist() == [3, 3]
+        assert module(torch.ones(2)).tolist() == [1, 1]
+    assert module.forward is mine

@@ -3,6 +3,9 @@
 A layer's first pass keeps its input and its gate and nothing else; the backward pass runs the layer again. Because the
 gate is an input of the layer here, decided outside of what is run twice, the first pass computes the chosen side of the
 attention alone (`models.blend`), and every rank and both passes decide alike.
+
+The second pass is run for what its gradient needs, which is everything but the layer's last product: its value is only
+added to the residual, so it is not computed.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_attention.models.attach import FluxAttention, Step
+from flux_attention.models.overrides import Forward, forward_overrides
 
-Run = Callable[[Tensor, Tensor | None], Tensor]
+Run = Callable[..., Tensor]
+"""`(hidden, gate, last_product=True)` → the layer's output."""
 
 
 class _Recomputed(torch.autograd.Function):
@@ -44,7 +49,7 @@ class _Recomputed(torch.autograd.Function):
         hidden = kept.to(ctx.device, non_blocking=True).detach().requires_grad_(wanted[0])
         gate = None if gate is None else gate.detach().requires_grad_(wanted[1])
         with torch.enable_grad():
-            out = ctx.run(hidden, gate)
+            out = ctx.run(hidden, gate, last_product=False)
         ctx.run = None
         leaves = [x for x in (hidden, gate) if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(out, leaves, gradients))
@@ -61,26 +66,22 @@ def recomputed_layers(controller: FluxAttention, *, offload: bool = False) -> It
         offload: keep these tensors in the host's memory: `T·E` values a layer less on the device, for two copies of
             them over the bus.
     """
-    changed: list[nn.Module] = []
     routed = {layer: index for index, layer in enumerate(controller.layers)}
-    try:
+    with forward_overrides() as override:
         for number, module in enumerate(controller.decoder.layers):
-            module.forward = functools.partial(
-                _forward, controller, routed.get(number), module, module.forward, offload
-            )
-            changed.append(module)
+            override(module, functools.partial(_bound, controller, routed.get(number), module, offload))
         yield
-    finally:
-        for module in changed:
-            # The class's own method is found again.
-            del module.forward
+
+
+def _bound(controller: FluxAttention, index: int | None, module: Any, offload: bool, original: Forward) -> Forward:
+    return functools.partial(_forward, controller, index, module, original, offload)
 
 
 def _forward(
     controller: FluxAttention,
     index: int | None,
     module: Any,
-    original: Callable[..., Tensor],
+    original: Forward,
     offload: bool,
     hidden_states: Tensor,
     *args: Any,
@@ -98,12 +99,30 @@ def _forward(
             step, index, hidden_states, lambda tokens: controller.family.queries(attention, norm(tokens))
         )
 
-    def run(hidden: Tensor, own: Tensor | None) -> Tensor:
-        with _as_current(controller, step, index, own):
+    last = controller.family.last_product(module)
+
+    def run(hidden: Tensor, own: Tensor | None, last_product: bool = True) -> Tensor:
+        with _as_current(controller, step, index, own), forward_overrides() as override:
+            if last is not None and not last_product:
+                override(last, lambda before: lambda x: _NoValue.apply(x, last.weight))
             return original(hidden, *args, **kwargs)
 
     out: Tensor = _Recomputed.apply(run, hidden_states, gate, offload)
     return out
+
+
+class _NoValue(torch.autograd.Function):
+    """The gradient of `x·weightᵀ` for a frozen weight, without its value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight, None
 
 
 @contextmanager

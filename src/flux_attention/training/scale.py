@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 
 from flux_attention.data.sample import Sample
 from flux_attention.models.attach import FluxAttention
+from flux_attention.training.compiled import compiled_layers
 from flux_attention.training.objective import AnswerObjective, DamageObjective
 from flux_attention.training.packed_objective import PackedObjective
 from flux_attention.training.packing import PackCollator, PackedDataset
@@ -32,6 +34,7 @@ class ScaleConfig(TrainConfig):
         short_first: pack and train short documents before long ones.
         recompute: keep one tensor a layer and run the layers again in the backward pass.
         offload: keep these tensors in the host's memory.
+        compile: compile norms and gating for passes with gradients (`training.compiled`).
         shard_backbone: shard the frozen layers over all ranks (FSDP2).
         sequence_parallel: ranks that share a pack's tokens.
         settle_steps: look every so many steps whether the routes have settled, and stop then; 0 = never. `save_steps`
@@ -45,6 +48,7 @@ class ScaleConfig(TrainConfig):
     short_first: bool = False
     recompute: bool = True
     offload: bool = False
+    compile: bool = False
     shard_backbone: bool = False
     sequence_parallel: int = 1
     settle_steps: int = 0
@@ -190,7 +194,7 @@ class PackTrainer(RouterTrainer):
     def settings(self) -> dict[str, Any]:
         """As `RouterTrainer.settings`; how memory and ranks are used changes no numbers."""
         found = super().settings()
-        for name in ("recompute", "offload", "shard_backbone", "sequence_parallel"):
+        for name in ("recompute", "offload", "compile", "shard_backbone", "sequence_parallel"):
             found.pop(name)
         return {**found, "packs": len(self._packs), "filled": self._packs.filled}
 
@@ -212,9 +216,12 @@ class PackTrainer(RouterTrainer):
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """As `RouterTrainer.train`."""
-        if not self.flux_config.recompute:
-            return super().train(resume_from_checkpoint, **options)
-        with recomputed_layers(self.flux_controller, offload=self.flux_config.offload):
+        config, controller = self.flux_config, self.flux_controller
+        with ExitStack() as stack:
+            if config.compile:
+                stack.enter_context(compiled_layers(controller))
+            if config.recompute:
+                stack.enter_context(recomputed_layers(controller, offload=config.offload))
             return super().train(resume_from_checkpoint, **options)
 
     def _note(self, outputs: Any) -> None:
