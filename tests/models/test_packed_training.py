@@ -337,3 +337,24 @@ def test_overrides_of_others_are_put_back():
             assert module(torch.ones(2)).tolist() == [3, 3]
         assert module(torch.ones(2)).tolist() == [1, 1]
     assert module.forward is mine
+
+
+@pytest.mark.parametrize("router_input", ["probe", "inline"])
+def test_fused_layers_train_to_the_same_gradients(router_input):
+    """Passes without gradients run the fused layers, the others the model's own code; recomputing keeps both."""
+    model = make_model("qwen3")
+    found = []
+    for fuse in (False, True):
+        controller = attach(model, replace(CONFIG, router_input=router_input, full_bias=0.5), fuse=fuse)
+        torch.manual_seed(5)
+        controller.router.reset_parameters()
+        torch.nn.init.normal_(controller.router.weights[-1], std=0.3)
+        model.requires_grad_(False)
+        objective = PackedObjective(controller, "distill", TARGETS, noise=False)
+        found.append(gradients(objective, Pack.of(make_samples(3)).as_dict(), recompute=True))
+        assert (controller.fusion is not None) == fuse
+        assert ("forward" in vars(controller.decoder.layers[0])) == fuse
+        detach(model)
+    torch.testing.assert_close(found[0][0]["loss"], found[1][0]["loss"], rtol=1e-5, atol=1e-6)
+    assert_same(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
+    assert not any("forward" in vars(m) for m in model.modules())

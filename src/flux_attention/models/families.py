@@ -21,7 +21,8 @@ class Family:
         query: projection from hidden states to queries.
         query_norm: norm of a head's query before RoPE, where the family has one.
         input_norm: attribute of a decoder layer that holds the norm before its attention.
-        last: path to a decoder layer's last product, where nothing but the residual is added to it.
+        fusable: whether its decoder layers are norm, attention with a rotary embedding over the whole head, add,
+            norm, gated MLP, add, under Llama's names (`models/fuse.py`).
     """
 
     model_type: str
@@ -29,7 +30,7 @@ class Family:
     query: str = "q_proj"
     query_norm: str | None = None
     input_norm: str = "input_layernorm"
-    last: str | None = "mlp.down_proj"
+    fusable: bool = False
 
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Queries before RoPE, `hidden [S, K, hidden]` → `[S, K, Hq, D]`."""
@@ -41,7 +42,7 @@ class Family:
 
     def last_product(self, layer: nn.Module) -> nn.Linear | None:
         """A decoder layer's last product if it is a plain one, whose value no gradient depends on; else None."""
-        module = None if self.last is None else layer.get_submodule(self.last)
+        module = layer.get_submodule("mlp.down_proj") if self.fusable else None
         plain = type(module) is nn.Linear and module.bias is None and "forward" not in vars(module)
         return module if plain and isinstance(module, nn.Linear) else None
 
@@ -49,12 +50,12 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("mistral"),
-        Family("qwen2"),
-        Family("qwen3", query_norm="q_norm"),
-        Family("qwen3_moe", query_norm="q_norm", last=None),
-        Family("gemma3_text", query_norm="q_norm", last=None),
+        Family("llama", fusable=True),
+        Family("mistral", fusable=True),
+        Family("qwen2", fusable=True),
+        Family("qwen3", query_norm="q_norm", fusable=True),
+        Family("qwen3_moe", query_norm="q_norm"),
+        Family("gemma3_text", query_norm="q_norm"),
     )
 }
 
