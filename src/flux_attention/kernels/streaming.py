@@ -7,7 +7,8 @@ time with the keys it can see; the other two get the lists of full and partial k
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from flux_attention.kernels import block_lists
 from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE
 from flux_attention.kernels.dense import _causal, sdpa
+
+T = TypeVar("T")
 
 #: Queries a tile on CPU and on CUDA. A small tile wastes fewer masked scores, a large one fewer calls and copies.
 _TILE = {"cpu": 256, "cuda": 1024}
@@ -27,6 +30,8 @@ def streaming_sdpa(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
     """`api.streaming_attention` by torch SDPA over tiles of queries; differentiable."""
+    if len(packing) > 1 and packing.q_lens == packing.k_lens and not any(packing.gaps):
+        return _whole_prompts(q, k, v, packing.q_lens, sink, window, block, scale)
     pieces = [q.new_empty(0, *q.shape[1:])]
     tile = max(block, _TILE.get(q.device.type, 256) // block * block)
     for s in range(len(packing)):
@@ -36,6 +41,65 @@ def streaming_sdpa(
             v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
             pieces += _one_sequence(q_s, k_s, v_s, packing.gaps[s], sink, window, block, tile, scale)
     return pieces[1] if len(pieces) == 2 else torch.cat(pieces)
+
+
+def _whole_prompts(
+    q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...], sink: int, window: int, block: int, scale: float
+) -> Tensor:
+    """Many unbroken sequences in a constant number of launches: a small model's passes are launch-bound otherwise."""
+    tile = max(block, _TILE.get(q.device.type, 256) // block * block)
+    plan = _prompt_tiles(lens, sink, window, block, tile, q.device)
+    n = q.shape[0]
+    # One row more than there are tokens takes what tiles hold beyond a sequence's end.
+    out = q.new_zeros(n + 1, *q.shape[1:])
+    for q_rows, k_rows, to, mask in plan:
+        q_t, k_t, v_t = q[q_rows].transpose(1, 2), k[k_rows].transpose(1, 2), v[k_rows].transpose(1, 2)
+        part = sdpa(q_t, k_t, v_t, scale=scale, mask=mask, causal=mask is None)
+        out = out.index_copy(0, to.flatten(), part.transpose(1, 2).flatten(0, 1))
+    return out[:n]
+
+
+@functools.lru_cache(maxsize=128)
+def _prompt_tiles(
+    lens: tuple[int, ...], sink: int, window: int, block: int, tile: int, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Calls that cover packed sequences: query rows `[C, r]`, key rows `[C, m]`, output rows, mask (None = causal).
+
+    Rows beyond a sequence's end are its last one, written to row `sum(lens)`; no query before the end sees them.
+    """
+    total = sum(lens)
+    ends = torch.tensor(lens).cumsum(0)
+    starts = (ends - torch.tensor(lens)).tolist()
+    # Up to here (a block boundary) every query sees its whole past.
+    causal_end = sink + window + block
+    calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+
+    def rows(first: Tensor, last: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        found = first[:, None] + torch.arange(count, device=device)
+        return torch.minimum(found, last), found <= last
+
+    def on_device(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    heads = [(s, s + n - 1) for s, n in zip(starts, lens, strict=True) if n]
+    for some in _groups(heads, 4 * _TILES_A_CALL):
+        first, last = on_device([a for a, _ in some]), on_device([b for _, b in some])[:, None]
+        inside, valid = rows(first, last, min(causal_end, max(lens)))
+        calls.append((inside, inside, torch.where(valid, inside, total), None))
+    tiles = [(s, s + p, s + n - 1) for s, n in zip(starts, lens, strict=True) for p in range(causal_end, n, tile)]
+    mask = _tile_mask(tile, 0, window, window + tile, sink, window, block, device)
+    for group in _groups(tiles, _TILES_A_CALL * (8 if device.type == "cuda" else 1)):
+        begin, first = on_device([t[0] for t in group]), on_device([t[1] for t in group])
+        last = on_device([t[2] for t in group])[:, None]
+        queries, valid = rows(first, last, tile)
+        own, _ = rows(first - window, last, window + tile)
+        keys = torch.cat([begin[:, None] + torch.arange(sink, device=device), own], 1)
+        calls.append((queries, keys, torch.where(valid, queries, total), mask))
+    return calls
+
+
+def _groups(items: list[T], size: int) -> list[list[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _one_sequence(
