@@ -237,28 +237,6 @@ class Static:
 
 
 @dataclass(frozen=True)
-class Fractional:
-    """A static split at a sparsity between two numbers of layers: some prompts get the one, the rest the other.
-
-    So its mean Ω is exactly the one asked for. Which prompts is decided by the prompt itself.
-    """
-
-    ranking: tuple[int, ...]
-    sparsity: float
-
-    def __call__(self, context: PolicyContext) -> Route:
-        if sorted(self.ranking) != list(range(context.layers)):
-            raise ValueError(f"the ranking must name each of the {context.layers} routable layers once")
-        count = self.sparsity * context.layers
-        use_full = torch.ones(context.layers, len(context.prompts), dtype=torch.bool)
-        for s, prompt in enumerate(context.prompts):
-            # Rounded up for a share of the prompts that is the count's fraction.
-            more = count % 1 > _digest(prompt) % 997 / 997
-            use_full[list(self.ranking[: math.floor(count) + more]), s] = False
-        return Route(use_full)
-
-
-@dataclass(frozen=True)
 class Interleaved:
     """Sparse layers spread evenly over the depth."""
 
@@ -270,6 +248,23 @@ class Interleaved:
         if full:
             use_full[[int((i + 0.5) * context.layers / full) for i in range(full)]] = True
         return _same_for_all(context, use_full)
+
+
+@dataclass(frozen=True)
+class StaticHeads:
+    """The same sparse KV heads for every prompt, numbered layer by layer (head h of layer l is l·Hk + h)."""
+
+    sparse_heads: tuple[int, ...]
+    heads: int
+    """KV heads of a layer, Hk."""
+
+    def __call__(self, context: PolicyContext) -> HeadRoute:
+        full = torch.ones(context.layers * self.heads, dtype=torch.bool)
+        if self.sparse_heads and not 0 <= min(self.sparse_heads) <= max(self.sparse_heads) < len(full):
+            raise ValueError(f"static heads are numbered 0 … {len(full) - 1}, got {self.sparse_heads}")
+        full[list(self.sparse_heads)] = False
+        shape = (context.layers, self.heads, len(context.prompts))
+        return HeadRoute.of(full.view(context.layers, self.heads, 1).expand(shape).contiguous())
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flux_attention.models.attach import SoftRouting, attach, detach
-from flux_attention.route import Fixed, Fractional, HeadRoute, PolicyContext, Route, parse_columns
+from flux_attention.route import Fixed, HeadRoute, PolicyContext, Route, StaticHeads, parse_columns
 
 from .tiny import CONFIG, left_pad, make_model, make_prompts, mixed_route, positions_of
 
@@ -96,12 +96,10 @@ def test_heads_are_checked():
         HeadRoute(torch.ones(2, 1, dtype=torch.bool), heads=torch.ones(2, 1, dtype=torch.bool))
 
 
-def test_fractional_split_has_its_sparsity_in_the_mean():
-    prompts = tuple(torch.randint(0, 999, (20,), generator=torch.Generator().manual_seed(i)) for i in range(600))
-    policy = Fractional((2, 0, 3, 1), 0.4)
-    route = policy(PolicyContext(4, prompts))
-    assert abs(float(route.sparsity.mean()) - 0.4) < 0.02
-    assert set(map(route.column, range(600))) == {"1101", "0101"}
-    assert policy(PolicyContext(4, prompts[7:8])).column(0) == route.column(7)
-    with pytest.raises(ValueError, match="each of the 5"):
-        policy(PolicyContext(5, prompts))
+def test_static_heads():
+    policy = StaticHeads((1, 4, 5), HEADS)
+    route = policy(PolicyContext(LAYERS, tuple(make_prompts(5, 6))))
+    assert route.column(0) == route.column(1) == "10110011"
+    assert route.sparsity.tolist() == pytest.approx([3 / 8, 3 / 8])
+    with pytest.raises(ValueError, match=r"0 … 7, got \(8,\)"):
+        StaticHeads((8,), HEADS)(PolicyContext(LAYERS, tuple(make_prompts(5))))
