@@ -398,6 +398,17 @@ def board(
     )
 
 
+@app.command(
+    name="lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness, which knows `--model flux` here; its own options follow."""
+    from flux_attention.cli.harness import run
+
+    run(context.args)
+
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the adapter.")],
