@@ -37,12 +37,13 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: floa
         # [S * n, H, D] → [S, H, n, D]
         q4, k4, v4 = (t.view(rows, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
         return _causal(q4, k4, v4, scale).transpose(1, 2).reshape(q.shape)
-    if q.is_cuda and packing.q_lens == packing.k_lens and rows * packing.max_q <= _MOST_PADDING * q.shape[0]:
+    padded = rows * packing.max_q <= _MOST_PADDING * q.shape[0] and not needs_grad(q, k, v)
+    if q.is_cuda and packing.q_lens == packing.k_lens and padded:
         # A call per sequence starves a GPU; what a right-padded row holds beyond its end, no query before it sees.
         inside, to = _padded_rows(packing.q_lens, q.device)
         q4, k4, v4 = (t[inside].transpose(1, 2) for t in (q, k, v))
         out = _causal(q4, k4, v4, scale).transpose(1, 2).flatten(0, 1)
-        return q.new_zeros(q.shape[0] + 1, *q.shape[1:]).index_copy(0, to, out)[:-1]
+        return q.new_empty(q.shape[0] + 1, *q.shape[1:]).index_copy_(0, to, out)[:-1]
     pieces = []
     for s in range(rows):
         if not packing.q_lens[s]:
@@ -51,6 +52,11 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: floa
         k4, v4 = (t[packing.k_offsets[s] : packing.k_offsets[s + 1]].transpose(0, 1)[None] for t in (k, v))
         pieces.append(_causal(q4, k4, v4, scale)[0].transpose(0, 1))
     return torch.cat(pieces)
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a result of these will be differentiated."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 @functools.lru_cache(maxsize=128)

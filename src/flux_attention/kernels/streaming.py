@@ -16,7 +16,7 @@ from torch import Tensor
 from flux_attention.kernels import block_lists
 from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE
-from flux_attention.kernels.dense import _causal, sdpa
+from flux_attention.kernels.dense import _causal, needs_grad, sdpa
 
 T = TypeVar("T")
 
@@ -24,13 +24,15 @@ T = TypeVar("T")
 _TILE = {"cpu": 256, "cuda": 1024}
 #: Tiles that share one SDPA call; bounds the gathered keys.
 _TILES_A_CALL = 16
+#: The same for whole prompts, in blocks.
+_BLOCKS_A_CALL = {"cpu": 64, "cuda": 1024}
 
 
 def streaming_sdpa(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
     """`api.streaming_attention` by torch SDPA over tiles of queries; differentiable."""
-    if len(packing) > 1 and packing.q_lens == packing.k_lens and not any(packing.gaps):
+    if len(packing) > 1 and packing.q_lens == packing.k_lens and not any(packing.gaps) and not needs_grad(q, k, v):
         return _whole_prompts(q, k, v, packing.q_lens, sink, window, block, scale)
     pieces = [q.new_empty(0, *q.shape[1:])]
     tile = max(block, _TILE.get(q.device.type, 256) // block * block)
@@ -46,55 +48,53 @@ def streaming_sdpa(
 def _whole_prompts(
     q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...], sink: int, window: int, block: int, scale: float
 ) -> Tensor:
-    """Many unbroken sequences in a constant number of launches: a small model's passes are launch-bound otherwise."""
-    tile = max(block, _TILE.get(q.device.type, 256) // block * block)
-    plan = _prompt_tiles(lens, sink, window, block, tile, q.device)
+    """Many unbroken sequences in a constant number of launches: a small model's passes are launch-bound otherwise.
+
+    What a block of queries sees ends with the block itself, so bottom-right causal attention over sinks, window and
+    block needs no mask. No gradients: gathered keys would have theirs added up row by row.
+    """
     n = q.shape[0]
-    # One row more than there are tokens takes what tiles hold beyond a sequence's end.
-    out = q.new_zeros(n + 1, *q.shape[1:])
-    for q_rows, k_rows, to, mask in plan:
-        q_t, k_t, v_t = q[q_rows].transpose(1, 2), k[k_rows].transpose(1, 2), v[k_rows].transpose(1, 2)
-        part = sdpa(q_t, k_t, v_t, scale=scale, mask=mask, causal=mask is None)
-        out = out.index_copy(0, to.flatten(), part.transpose(1, 2).flatten(0, 1))
+    # One row more than there are tokens takes what calls hold beyond a sequence's end.
+    out = q.new_empty(n + 1, *q.shape[1:])
+    for q_rows, k_rows, to in _prompt_calls(lens, sink, window, block, q.device):
+        part = _causal(q[q_rows].transpose(1, 2), k[k_rows].transpose(1, 2), v[k_rows].transpose(1, 2), scale)
+        out.index_copy_(0, to.flatten(), part.transpose(1, 2).flatten(0, 1))
     return out[:n]
 
 
 @functools.lru_cache(maxsize=128)
-def _prompt_tiles(
-    lens: tuple[int, ...], sink: int, window: int, block: int, tile: int, device: torch.device
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Calls that cover packed sequences: query rows `[C, r]`, key rows `[C, m]`, output rows, mask (None = causal).
+def _prompt_calls(
+    lens: tuple[int, ...], sink: int, window: int, block: int, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Calls that cover packed sequences: query rows `[C, r]`, key rows `[C, m]`, output rows `[C, r]`.
 
     Rows beyond a sequence's end are its last one, written to row `sum(lens)`; no query before the end sees them.
     """
-    total = sum(lens)
-    ends = torch.tensor(lens).cumsum(0)
-    starts = (ends - torch.tensor(lens)).tolist()
+    total, starts = sum(lens), [sum(lens[:s]) for s in range(len(lens))]
     # Up to here (a block boundary) every query sees its whole past.
     causal_end = sink + window + block
-    calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def rows(first: Tensor, last: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        found = first[:, None] + torch.arange(count, device=device)
-        return torch.minimum(found, last), found <= last
+    def columns(group: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return [torch.tensor(column, device=device)[:, None] for column in zip(*group, strict=True)]
 
-    def on_device(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=device)
+    def span(count: int) -> Tensor:
+        return torch.arange(count, device=device)
 
     heads = [(s, s + n - 1) for s, n in zip(starts, lens, strict=True) if n]
-    for some in _groups(heads, 4 * _TILES_A_CALL):
-        first, last = on_device([a for a, _ in some]), on_device([b for _, b in some])[:, None]
-        inside, valid = rows(first, last, min(causal_end, max(lens)))
-        calls.append((inside, inside, torch.where(valid, inside, total), None))
-    tiles = [(s, s + p, s + n - 1) for s, n in zip(starts, lens, strict=True) for p in range(causal_end, n, tile)]
-    mask = _tile_mask(tile, 0, window, window + tile, sink, window, block, device)
-    for group in _groups(tiles, _TILES_A_CALL * (8 if device.type == "cuda" else 1)):
-        begin, first = on_device([t[0] for t in group]), on_device([t[1] for t in group])
-        last = on_device([t[2] for t in group])[:, None]
-        queries, valid = rows(first, last, tile)
-        own, _ = rows(first - window, last, window + tile)
-        keys = torch.cat([begin[:, None] + torch.arange(sink, device=device), own], 1)
-        calls.append((queries, keys, torch.where(valid, queries, total), mask))
+    width = min(causal_end, max(lens))
+    for some in _groups(heads, _BLOCKS_A_CALL.get(device.type, 64) * block // width + 1):
+        begin, last = columns(some)
+        rows = begin + span(width)
+        inside = torch.minimum(rows, last)
+        calls.append((inside, inside, torch.where(rows <= last, inside, total)))
+    blocks = [(s, s + p, s + n - 1) for s, n in zip(starts, lens, strict=True) for p in range(causal_end, n, block)]
+    for group in _groups(blocks, _BLOCKS_A_CALL.get(device.type, 64)):
+        begin, first, last = columns(group)
+        rows = first + span(block)
+        inside = torch.minimum(rows, last)
+        keys = torch.cat([begin + span(sink), torch.minimum(first - window + span(window + block), last)], 1)
+        calls.append((inside, keys, torch.where(rows <= last, inside, total)))
     return calls
 
 
@@ -206,7 +206,7 @@ def _over_lists(
     block: int,
     scale: float,
 ) -> Tensor:
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    gradients = needs_grad(q, k, v)
     pieces = [q.new_empty(0, *q.shape[1:])]
     for s in range(len(packing)):
         if not packing.q_lens[s]:

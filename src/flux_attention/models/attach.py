@@ -31,7 +31,7 @@ from flux_attention.kernels.api import Packing, paged_decode
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.families import family_of
 from flux_attention.modes import Mode, make_mode
-from flux_attention.route import Dial, Policy, PolicyContext, Route
+from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
 
 ATTENTION_NAME = "flux_attention"
@@ -170,7 +170,7 @@ class Step:
     route: Route | None = None
     """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
     gates: Tensor | None = None
-    """Training: differentiable z `[L, S]`, 1 = full; both sides run and are blended."""
+    """Training: differentiable z `[L, S]` or `[L, Hk, S]`, 1 = full; both sides run and are blended."""
     soft: SoftRouting | None = None
     inline: bool = False
     keep_short_full: tuple[bool, ...] = ()
@@ -178,6 +178,8 @@ class Step:
     pool_plan: PoolPlan | None = None
     pooled: list[Tensor | None] = field(default_factory=list)
     collect: bool = False
+    collect_heads: int = 0
+    """A probe that keeps the KV heads apart: their number."""
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
     index: Tensor | None = None
     packings: dict[Any, Any] = field(default_factory=dict)
@@ -190,7 +192,8 @@ class SoftRouting:
     Attributes:
         temperature: τ of the Gumbel-softmax.
         noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
-        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage); may require grad.
+        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage), or `[L, Hk, S]` for
+            gates of KV heads; may require grad.
         logits: the router's logits of the last pass, `[L, S, 2]`.
         gates: z of the last pass, `[L, S]`, differentiable.
     """
@@ -355,8 +358,8 @@ class FluxAttention:
         return found.select(order).where(routed, full)
 
     @torch.no_grad()
-    def probe(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`.
+    def probe(self, prompts: Sequence[Tensor], *, by_head: bool = False) -> Tensor:
+        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`; `by_head`: `[L, S, Hk, D]`.
 
         The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
         the cost does not grow with the prompt, and the route is known before prefill starts.
@@ -369,6 +372,9 @@ class FluxAttention:
             len(ends), ids.shape[1], tuple(range(len(ends))), (0,) * len(ends), tuple(lengths), (0,) * len(ends)
         )
         step = Step(layout, None, Route.full(len(self.layers), len(ends)), collect=True)
+        if by_head:
+            assert self.config.backbone is not None
+            step.collect_heads = self.config.backbone.num_key_value_heads
         # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
         step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, pool, device=device)
         step.pooled = [None] * len(self.layers)
@@ -508,6 +514,8 @@ class FluxAttention:
                 step.route = Route.full(layers, sequences)
         else:
             step.route = self.route(self._prompts(layout, kwargs))
+            if isinstance(step.route, HeadRoute) and step.cache is not None:
+                raise ValueError("routes by KV head have no cache: run the model with use_cache=False")
         self.last_route = step.route
 
     def _decide_soft(self, step: Step, kwargs: dict[str, Any]) -> None:
@@ -515,8 +523,14 @@ class FluxAttention:
         assert soft is not None
         step.soft = soft
         if soft.forced is not None:
-            if tuple(soft.forced.shape) != (layers, sequences):
-                raise ValueError(f"forced gates must be [{layers}, {sequences}], got {list(soft.forced.shape)}")
+            shape = tuple(soft.forced.shape)
+            assert self.config.backbone is not None
+            heads = self.config.backbone.num_key_value_heads
+            if shape not in ((layers, sequences), (layers, heads, sequences)):
+                raise ValueError(
+                    f"forced gates must be [{layers}, {sequences}] or [{layers}, {heads}, {sequences}], "
+                    f"got {list(shape)}"
+                )
             step.gates = soft.gates = soft.forced
             return
         shape = (layers, sequences, 2)
@@ -561,7 +575,12 @@ class FluxAttention:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time, and the
         # decision is on its way to the host before the layer's own projections are queued.
-        pooled = step.pool_plan.mean(self.family.queries(module, step.pool_plan.gather(hidden.flatten(0, 1))))
+        queries = self.family.queries(module, step.pool_plan.gather(hidden.flatten(0, 1)))
+        if step.collect_heads:
+            parts = queries.chunk(step.collect_heads, 2)
+            step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+            return
+        pooled = step.pool_plan.mean(queries)
         if step.collect:
             step.pooled[layer] = pooled
         elif step.soft is not None:
@@ -656,7 +675,12 @@ class FluxAttention:
         ends = step.prompt_ends if len(step.prompt_ends) == len(layout.counts) else layout.ends
         gate = step.gates[layer] if step.gates is not None else step.packings[("gate", layer)]
         counts = torch.tensor(layout.counts, device=gate.device)
-        gate = gate.repeat_interleave(counts, output_size=q.shape[0]).to(q.dtype)[:, None, None]
+        # [N, 1, 1] for the layer, [N, Hq, 1] for its KV heads
+        gate = gate.repeat_interleave(counts, -1, output_size=q.shape[0]).to(q.dtype)
+        if gate.ndim == 1:
+            gate = gate[:, None, None]
+        else:
+            gate = gate.T.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
         full = self.full_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
         sparse = self.sparse_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
         return gate * full + (1 - gate) * sparse
@@ -665,7 +689,41 @@ class FluxAttention:
         """Each sequence on its own side; sequences of one side share a launch."""
         layout, cache = step.layout, step.cache
         assert step.route is not None
-        use_full = step.route.use_full[layer].tolist()
+        ends = step.prompt_ends
+        if isinstance(step.route, HeadRoute):
+            return self._by_head(layout, step.route.heads[layer], ends, q, k, v, scale)
+        out = self._sides(layout, cache, layer, step.route.use_full[layer].tolist(), ends, q, k, v, scale)
+        if cache is not None:
+            start = 0
+            for s, n in enumerate(layout.counts):
+                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
+                start += n
+        return out
+
+    def _by_head(
+        self, layout: Layout, heads: Tensor, ends: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        """KV heads become sequences of one head each, and then a head is routed as a sequence is; `heads [Hk, S]`."""
+        count, tokens = k.shape[1], q.shape[0]
+        # [N, Hk·G, D] → [Hk·N, G, D]
+        q, k, v = (x.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        counts = layout.counts * count
+        split = Layout.pack(range(len(counts)), counts, (0,) * len(counts))
+        out = self._sides(split, None, 0, heads.flatten().tolist(), ends * count, q, k, v, scale)
+        return out.unflatten(0, (count, tokens)).transpose(0, 1).flatten(1, 2)
+
+    def _sides(
+        self,
+        layout: Layout,
+        cache: FluxCache | None,
+        layer: int,
+        use_full: list[bool],
+        ends: tuple[int, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+    ) -> Tensor:
         sides = (
             (self.full_mode, [s for s, f in enumerate(use_full) if f]),
             (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
@@ -677,19 +735,14 @@ class FluxAttention:
             rows = _Rows(layout, members)
             side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
             side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
-            ends = tuple(step.prompt_ends[s] for s in members)
-            side = mode.prefill(side_q, side_k, side_v, packing, ends, scale=scale, impl=self.impl)
+            side_ends = tuple(ends[s] for s in members)
+            side = mode.prefill(side_q, side_k, side_v, packing, side_ends, scale=scale, impl=self.impl)
             if len(members) == len(use_full):
                 out = side
             else:
                 out = torch.empty_like(q) if out is None else out
                 rows.put(out, side)
         assert out is not None
-        if cache is not None:
-            start = 0
-            for s, n in enumerate(layout.counts):
-                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
-                start += n
         return out
 
     def _with_past(
