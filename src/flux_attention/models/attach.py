@@ -1,8 +1,8 @@
 """Attach routed attention to an unmodified transformers model, and take it off again.
 
 `attach` changes three things and `detach` restores them: the name of the attention implementation in the model's
-config, one forward hook pair on the decoder and one forward hook per routable attention module. No weight and no
-method is touched.
+config, one forward hook pair on the decoder and one forward hook per routable attention module. On CUDA it also fuses
+the layers (`models/fuse.py`), which `detach` undoes as well. No weight and no class is touched.
 
 A forward pass runs under a `Step`, made before the decoder runs and dropped after it: where the sequences are (padding
 and packing), the cache, and the route. Everything the attention function needs is in it.
@@ -11,7 +11,7 @@ and packing), the cache, and the route. Everything the attention function needs 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,11 +25,12 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flux_attention.cache import FluxCache, PagePool
+from flux_attention.cache import FluxCache, PagePool, append_token
 from flux_attention.config import FluxConfig
-from flux_attention.kernels.api import Packing, paged_decode
+from flux_attention.kernels.api import Packing, _importable, paged_decode
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.families import family_of
+from flux_attention.models.fuse import Fusion, fuse, why_not
 from flux_attention.modes import Mode, make_mode
 from flux_attention.route import Dial, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
@@ -180,6 +181,8 @@ class Step:
     collect: bool = False
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
     index: Tensor | None = None
+    counts: Tensor | None = None
+    """Decoding: keys of each layer and row, the new token's included, int32 `[L, B]`."""
     packings: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -241,6 +244,7 @@ class FluxAttention:
         self._soft: SoftRouting | None = None
         self._prompt_tokens: Sequence[int] | None = None
         self._preset: Step | None = None
+        self.fusion: Fusion | None = None
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._implementation: str = model.config._attn_implementation or "sdpa"
@@ -248,7 +252,7 @@ class FluxAttention:
 
     # ------------------------------------------------------------------ attach and detach
 
-    def _install(self) -> None:
+    def _install(self, fuse_layers: bool | None) -> None:
         # Registering is idempotent and does nothing for models that do not name this implementation.
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
@@ -265,8 +269,13 @@ class FluxAttention:
         self.decoder.config._attn_implementation = ATTENTION_NAME
         self.decoder._flux_config = self.config
         self.model._flux_attention_controller = self
+        able = self.device.type == "cuda" and _importable("triton")
+        if fuse_layers or (fuse_layers is None and able and why_not(self) is None):
+            self.fusion = fuse(self)
 
     def _remove(self) -> None:
+        if self.fusion is not None:
+            self.fusion.remove()
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
@@ -622,6 +631,27 @@ class FluxAttention:
         step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full.detach().cpu())
         step.route.use_full[layer] = step.route.p_full[layer] > 0.5
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the current pass adds one token to every row of a cache."""
+        return self._step is not None and self._step.layout.is_decode and self._step.cache is not None
+
+    def decode(self, layer: int, append: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], scale: float) -> Tensor:
+        """One routable layer of a decode step, `[B, Hq, D]`; device work only.
+
+        `append(k_pages, v_pages, page_table, counts)` puts a row's new key and value behind the `counts[b]` keys that
+        it holds and returns the queries `[B, Hq, D]`.
+        """
+        step = self._step
+        assert step is not None and step.cache is not None and step.cache.pool is not None
+        cache, pool = step.cache, step.cache.pool
+        if step.counts is None:
+            # One launch for all layers.
+            step.counts = cache.key_counts + 1
+        q = append(pool.keys, pool.values, cache.page_table[layer], cache.key_counts[layer])
+        table = cache.decode_table(layer)
+        return paged_decode(q, pool.keys, pool.values, table, step.counts[layer], scale=scale, impl=self.decode_impl)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """One routable layer: `query [B, Hq, T, D]`, `key, value [B, Hk, T, D]` → `[B, T, Hq, D]`."""
         step = self._step
@@ -629,12 +659,13 @@ class FluxAttention:
             raise RuntimeError("an attached attention layer ran outside of its decoder; call the model itself")
         batch, heads, columns, dim = query.shape
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if step.layout.is_decode and step.cache is not None:
-            assert step.cache.pool is not None
-            table, counts = step.cache.append_one(layer, k[:, 0], v[:, 0])
-            pool = step.cache.pool
-            out = paged_decode(q[:, 0], pool.keys, pool.values, table, counts, scale=scale, impl=self.decode_impl)
-            return out[:, None]
+        if self.decodes:
+
+            def append(keys: Tensor, values: Tensor, table: Tensor, counts: Tensor) -> Tensor:
+                append_token(keys, values, table, counts, k[:, 0], v[:, 0])
+                return q[:, 0]
+
+            return self.decode(layer, append, scale)[:, None]
         if step.inline and step.soft is None:
             self._inline_route(step, layer)
         q, k, v = (x.reshape(batch * columns, -1, dim) for x in (q, k, v))
@@ -790,19 +821,24 @@ def routable_layers(config: Any) -> tuple[int, ...]:
     return layers
 
 
-def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | None = None) -> FluxAttention:
+def attach(
+    model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | None = None, *, fuse: bool | None = None
+) -> FluxAttention:
     """Route the attention of `model`, in place and reversibly.
 
     Args:
         model: an unmodified transformers causal LM of a known family.
         adapter: a trained adapter (object, folder, Hub id or shipped name), or a `FluxConfig` for an untrained
             router, which starts with every layer full. None = `FluxConfig()`.
+        fuse: run norms, rotary embedding and gating folded together (`models/fuse.py`). None: on CUDA, where the
+            family allows it; the results are the same to rounding.
 
     Returns:
         the controller; `detach(model)` ends it.
 
     Raises:
-        ValueError: unknown family, adapter of another backbone, or a model that is attached already.
+        ValueError: unknown family, adapter of another backbone, a model that is attached already, or `fuse=True` for
+            a model that cannot be fused.
     """
     if hasattr(model, "_flux_attention_controller"):
         raise ValueError("the model is attached already; detach(model) first")
@@ -823,7 +859,11 @@ def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | 
         router.load_state_dict(adapter.state)
     router.to(next(decoder.parameters()).device).float().eval()
     controller = FluxAttention(model, flux, router)
-    controller._install()
+    try:
+        controller._install(fuse)
+    except ValueError:
+        controller._remove()
+        raise
     return controller
 
 
