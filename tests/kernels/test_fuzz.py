@@ -43,7 +43,8 @@ cases = fuzz.fuzz({op!r}, n_shapes={n_shapes}, seed=3, impl="triton", max_len={m
                   dtypes=(torch.float32, torch.float16))
 print(json.dumps([str(c) for c in cases if not c.ok]))
 """
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == []

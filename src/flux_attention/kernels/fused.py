@@ -233,9 +233,9 @@ class VectorConfig:
 #: What `tune_vectors` tries.
 VECTOR_CONFIGS = (
     VectorConfig(),
-    VectorConfig(8, 512, 4),
+    VectorConfig(2, 1024, 4),
     VectorConfig(2, 2048, 4),
-    VectorConfig(8, 1024, 8),
+    VectorConfig(4, 2048, 8),
 )
 #: The fastest configuration by (device, dtype, kind, in, out).
 _TUNED: dict[tuple[object, ...], VectorConfig] = {}

@@ -114,9 +114,9 @@ def rotary_append_kernel(
             tl.store(p_k_pages + i_k * stride_h + o_out + HALF, b_2.to(p_k_pages.dtype.element_ty))
         else:
             i_v = i_k - HK
-            o_x = (i_s * HK + i_v) * D + o_d
-            tl.store(p_v_pages + i_v * stride_h + o_out, tl.load(p_v + o_x))
-            tl.store(p_v_pages + i_v * stride_h + o_out + HALF, tl.load(p_v + o_x + HALF))
+            p_row = p_v + (i_s * HK + i_v) * D
+            tl.store(p_v_pages + i_v * stride_h + o_out, tl.load(p_row + o_d))
+            tl.store(p_v_pages + i_v * stride_h + o_out + HALF, tl.load(p_row + HALF + o_d))
 
 
 # ------------------------------------------------------------------------------------------------ one token
