@@ -1,4 +1,4 @@
-"""Every fused op on shapes that models have, against float64 definitions; for the CPU, triton's interpreter and the GPU.
+"""Every fused op on shapes that models have, against float64 definitions; for triton's interpreter and the GPU.
 
 Tolerance as in `fuzz`: twice the error of the eager version (impl "torch") in the same dtype, or one rounding.
 """

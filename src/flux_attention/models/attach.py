@@ -31,6 +31,7 @@ from flux_attention.kernels.api import Packing, _importable, paged_decode
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.families import family_of
 from flux_attention.models.fuse import Fusion, fuse, why_not
+from flux_attention.models.probe import ProbeGraphs
 from flux_attention.modes import Mode, make_mode
 from flux_attention.route import Dial, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
@@ -179,6 +180,10 @@ class Step:
     pool_plan: PoolPlan | None = None
     pooled: list[Tensor | None] = field(default_factory=list)
     collect: bool = False
+    impl: str | None = None
+    """Kernels of this pass, where they are not the controller's."""
+    held: list[Tensor] = field(default_factory=list)
+    """What the side stream reads: kept until it has."""
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
     index: Tensor | None = None
     counts: Tensor | None = None
@@ -245,6 +250,8 @@ class FluxAttention:
         self._prompt_tokens: Sequence[int] | None = None
         self._preset: Step | None = None
         self.fusion: Fusion | None = None
+        self._side: torch.cuda.Stream | None = None
+        self._probes = ProbeGraphs(self)
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._implementation: str = model.config._attn_implementation or "sdpa"
@@ -358,8 +365,10 @@ class FluxAttention:
         if not any(routed):
             return full
         # Only prompts that can gain are probed, but every sequence keeps its column.
-        probed = self.probe([p for p, r in zip(prompts, routed, strict=True) if r])
-        found = Route.from_scores(self.router.p_full(probed)).with_dial(self.dial)
+        probed = [p for p, r in zip(prompts, routed, strict=True) if r]
+        replayed = self._probes.p_full(probed)
+        p_full = self.router.p_full(self.probe(probed)) if replayed is None else replayed
+        found = Route.from_scores(p_full).with_dial(self.dial)
         order = torch.tensor(routed, dtype=torch.long).cumsum(0).sub(1).clamp_min(0)
         return found.select(order).where(routed, full)
 
@@ -370,23 +379,37 @@ class FluxAttention:
         The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
         the cost does not grow with the prompt, and the route is known before prefill starts.
         """
-        device, pool = self.device, self.config.pool_tokens
-        ends = [torch.cat((p[:pool], p[max(pool, p.numel() - pool) :])).to(device) for p in prompts]
+        ends = [self.prompt_ends(p).to(self.device) for p in prompts]
         ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
-        lengths = [e.numel() for e in ends]
-        layout = Layout(
-            len(ends), ids.shape[1], tuple(range(len(ends))), (0,) * len(ends), tuple(lengths), (0,) * len(ends)
-        )
-        step = Step(layout, None, Route.full(len(self.layers), len(ends)), collect=True)
+        return self.run_probe(ids, self.probe_step([e.numel() for e in ends], ids.shape[1]))
+
+    def prompt_ends(self, prompt: Tensor) -> Tensor:
+        """First and last `pool_tokens` tokens of a prompt, side by side."""
+        pool = self.config.pool_tokens
+        return torch.cat((prompt[:pool], prompt[max(pool, prompt.numel() - pool) :]))
+
+    def probe_step(self, lengths: Sequence[int], columns: int) -> Step:
+        """The step of a probe over rows of `lengths` tokens in `columns` columns."""
+        rows = len(lengths)
+        layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
+        step = Step(layout, None, Route.full(len(self.layers), rows), collect=True, prompt_ends=layout.ends)
         # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
-        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, pool, device=device)
+        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
+        # Rows this short gain nothing from other kernels, and these can be captured in a graph.
+        step.impl = "sdpa" if self.impl == "auto" else None
+        return step
+
+    def run_probe(self, ids: Tensor, step: Step) -> Tensor:
+        """Pooled queries `[L, S, D]` of `ids [S, columns]`; device work only."""
         step.pooled = [None] * len(self.layers)
-        step.prompt_ends = layout.ends
         outer, self._step = self._step, step
         try:
             self.decoder(input_ids=ids, use_cache=False)
         finally:
             self._step = outer
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        step.held.clear()
         return torch.stack([p for p in step.pooled if p is not None])
 
     @contextmanager
@@ -568,18 +591,21 @@ class FluxAttention:
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time, and the
-        # decision is on its way to the host before the layer's own projections are queued.
-        pooled = step.pool_plan.mean(self.family.queries(module, step.pool_plan.gather(hidden.flatten(0, 1))))
-        if step.collect:
-            step.pooled[layer] = pooled
-        elif step.soft is not None:
+        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
+        tokens = step.pool_plan.gather(hidden.flatten(0, 1))
+        if step.soft is not None:
+            pooled = step.pool_plan.mean(self.family.queries(module, tokens))
             logits = self.router(pooled.detach(), layer)
             noise = None if step.soft._noise is None else step.soft._noise[layer]
             step.pooled[layer] = pooled.detach()
             step.decisions[layer] = (logits, None)
             step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
-        else:
+            return
+        with self._beside(step, tokens):
+            pooled = step.pool_plan.mean(self.family.queries(module, tokens))
+            if step.collect:
+                step.pooled[layer] = pooled
+                return
             p_full = self.router.p_full(pooled.detach(), layer)
             event = None
             if p_full.is_cuda:
@@ -589,6 +615,23 @@ class FluxAttention:
                 event.record()
                 p_full = host
             step.decisions[layer] = (p_full, event)
+
+    @contextmanager
+    def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
+        """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own.
+
+        Its launches are many and small. In line they would leave the device idle between them; beside the projections
+        they take what those leave over, and the decision is on the host before the projections are done.
+        """
+        if not tokens.is_cuda:
+            yield
+            return
+        if self._side is None:
+            self._side = torch.cuda.Stream(tokens.device, priority=-1)
+        step.held.append(tokens)
+        self._side.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(self._side):
+            yield
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         step = self._step
@@ -622,6 +665,7 @@ class FluxAttention:
         p_full, event = decision
         if event is not None:
             event.synchronize()
+            step.held.clear()
         short = torch.tensor(step.keep_short_full)
         if step.route.p_full is None:
             step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
@@ -709,7 +753,7 @@ class FluxAttention:
             side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
             side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
             ends = tuple(step.prompt_ends[s] for s in members)
-            side = mode.prefill(side_q, side_k, side_v, packing, ends, scale=scale, impl=self.impl)
+            side = mode.prefill(side_q, side_k, side_v, packing, ends, scale=scale, impl=step.impl or self.impl)
             if len(members) == len(use_full):
                 out = side
             else:

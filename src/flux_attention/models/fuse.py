@@ -63,9 +63,10 @@ class Fusion:
         for fused_layer in self.layers:
             self._set(fused_layer.layer, fused_layer.forward)
             self._set(fused_layer.attention, fused_layer.attend)
-        norm: nn.Module = controller.decoder.norm
-        last = _norm(norm)
-        self._set(norm, lambda hidden: _own(norm, hidden) if torch.is_grad_enabled() else fused.rms_norm(hidden, last))
+            # Read by the router's pooling; the attention itself folds it into the rotary embedding.
+            if fused_layer.q_norm is not None:
+                self._set_norm(fused_layer.attention.q_norm)
+        self._set_norm(controller.decoder.norm)
         head: Any = controller.model.get_output_embeddings()
         if type(head) is nn.Linear and "forward" not in vars(head) and head.weight.is_contiguous():
             self._set(head, lambda hidden: _project(head, hidden))
@@ -74,6 +75,10 @@ class Fusion:
         # nn.Module types `forward` as a method; an instance attribute comes before it, and hooks still run.
         vars(module)["forward"] = forward
         self._changed.append(module)
+
+    def _set_norm(self, module: Any) -> None:
+        norm = _norm(module)
+        self._set(module, lambda x: _own(module, x) if torch.is_grad_enabled() else fused.rms_norm(x, norm))
 
     def remove(self) -> None:
         for module in self._changed:
