@@ -1,6 +1,6 @@
 """A whole 8B model (the shapes of Qwen3-8B, random weights) with dense and with routed attention.
 
-    python benchmarks/end_to_end.py [--sections memory,decode,routing,prefill] [--lengths 131072,262144] [--out DIR]
+    python benchmarks/end_to_end.py [--sections memory,decode,routing,prefill,sweep] [--lengths N,N] [--out DIR]
 
 Prefill speedups stand beside the speedup that the measured parts allow: linear work (a run whose attention does
 nothing), and the attention kernels of one layer of each kind, chunk by chunk. The routed model has 27 of its 36 layers
@@ -464,18 +464,65 @@ def make_pool_like(setup: Setup, controller: FluxAttention, tokens: int) -> Page
     return generation._exact_pool(controller, cache, route, [tokens])
 
 
+#: Shares of sparse layers that the sweep takes.
+SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9)
+
+
+def sweep(setup: Setup, record: Recorder) -> None:
+    """Speed against length, sparsity and batch size, for the figures; single repetitions of long prefills."""
+    lengths = setup.lengths if setup.tiny else (8192, 32768, 131072)
+    for n in lengths:
+        prompt, pool = setup.prompt(n), make_pool(setup, setup.route(0.0), n)
+        prefill_ms(setup, setup.route(0.5), prompt, pool)
+        for sparsity in SPARSITIES:
+            route = setup.route(sparsity)
+            times = [prefill_ms(setup, route, prompt, pool) for _ in range(3 if n <= 32768 else 1)]
+            record.add(f"sweep_prefill_{label(n)}_{percent(sparsity)}_ms", statistics.median(times), "ms", times)
+        del pool
+        free(setup)
+        for sparsity in SPARSITIES:
+            sweep_decode(setup, record, n, sparsity, 1)
+    for rows in (1, 2) if setup.tiny else (4, 16, 64):
+        for sparsity in (0.0, 0.75):
+            sweep_decode(setup, record, lengths[0], sparsity, rows)
+
+
+def sweep_decode(setup: Setup, record: Recorder, n: int, sparsity: float, rows: int) -> None:
+    one = make_pool(setup, setup.route(sparsity), n)
+    needed = rows * one.num_pages * one.page_bytes
+    del one
+    if not setup.tiny and needed > DEVICE_BYTES - weight_bytes(setup.model, read=False) - HEADROOM_BYTES:
+        return
+    times, cache = step_ms(setup, setup.route(sparsity, rows), n)
+    moved = weight_bytes(setup.model, read=True) + cache.memory().held
+    ms = statistics.median(times)
+    name = f"sweep_decode_{label(n)}_b{rows}_{percent(sparsity)}"
+    record.add(f"{name}_ms", ms, "ms")
+    record.add(f"{name}_of_roofline", moved / ROOFLINE / (ms / 1e3), "ratio")
+    cache.clear()
+    del cache
+    free(setup)
+
+
+def percent(sparsity: float) -> str:
+    return f"q{round(100 * sparsity)}"
+
+
 RUN: dict[str, Callable[[Setup, Recorder], None]] = {
     "checks": checks,
     "memory": memory,
     "decode": decode,
     "routing": routing,
     "prefill": prefill,
+    "sweep": sweep,
 }
+#: The sweep is for the plots and records none of the figures that the project holds itself to.
+DEFAULT = tuple(name for name in RUN if name != "sweep")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default=",".join(RUN))
+    parser.add_argument("--sections", default=",".join(DEFAULT), help=", ".join(RUN))
     parser.add_argument("--lengths", default="131072,262144", help="tokens, ascending")
     parser.add_argument("--no-fuse", action="store_true", help="leave the model's own norms, rotary embedding and MLPs")
     parser.add_argument("--budget", type=float, default=120, help="seconds for the repetitions of all prefills")
@@ -531,7 +578,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "window_tokens": flux.window_tokens,
         "fused": setup.controller.fusion is not None,
     }
-    record = Recorder(program_name("end-to-end", chosen, list(RUN)), device, settings, folder, options.commit)
+    name = program_name("end-to-end", chosen, DEFAULT)
+    record = Recorder(name, device, settings, folder, options.commit)
 
     def runs(names: Sequence[str]) -> list[tuple[str, Callable[[Recorder], None]]]:
         return [(name, functools.partial(RUN[name], setup)) for name in names]
