@@ -319,6 +319,9 @@ def generate(
     prompts = _prompts(input_ids, attention_mask)
     lengths = [prompt.numel() for prompt in prompts]
     _check_lengths(controller, lengths, limit)
+    graph = _use_graph(controller, cuda_graph)
+    if tuned and not graph:
+        raise ValueError("tuned=True needs decode steps that are replayed as a CUDA graph")
     sync = torch.cuda.synchronize if controller.device.type == "cuda" else (lambda: None)
 
     started = time.perf_counter()
@@ -352,9 +355,6 @@ def generate(
     assert cache.route is not None
     memory, route = cache.memory(), cache.route
 
-    graph = _use_graph(controller, cuda_graph)
-    if tuned and not graph:
-        raise ValueError("tuned=True needs decode steps that are replayed as a CUDA graph")
     if graph and (limit >= _TUNED_FROM if tuned is None else tuned):
         tune(controller, cache)
     tokens = _decode(controller, cache, prompts, logits, config, limit, graph, on_token, generator)
