@@ -36,7 +36,7 @@ from flux_attention.models.families import family_of
 from flux_attention.models.fuse import Fusion, fuse, why_not
 from flux_attention.models.probe import ProbeGraphs
 from flux_attention.modes import Mode, make_mode
-from flux_attention.route import Dial, Policy, PolicyContext, Route
+from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
 
 ATTENTION_NAME = "flux_attention"
@@ -177,9 +177,9 @@ class Step:
     route: Route | None = None
     """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
     gates: Tensor | None = None
-    """Training: differentiable z `[L, S]`, 1 = full; both sides run and are blended."""
+    """Training: differentiable z `[L, S]` or `[L, Hk, S]`, 1 = full; both sides run and are blended."""
     use_full: tuple[tuple[bool, ...], ...] | None = None
-    """Values of `gates` on the host where they are exactly 0 or 1; None for fractions."""
+    """Values of gates `[L, S]` on the host where they are exactly 0 or 1; None for fractions and for heads."""
     soft: SoftRouting | None = None
     inline: bool = False
     keep_short_full: tuple[bool, ...] = ()
@@ -187,6 +187,8 @@ class Step:
     pool_plan: PoolPlan | None = None
     pooled: list[Tensor | None] = field(default_factory=list)
     collect: bool = False
+    collect_heads: int = 0
+    """A probe that keeps the KV heads apart: their number."""
     impl: str | None = None
     """Kernels of this pass, where they are not the controller's."""
     held: list[Tensor] = field(default_factory=list)
@@ -221,9 +223,10 @@ class SoftRouting:
     Attributes:
         temperature: τ of the Gumbel-softmax.
         noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
-        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage); may require grad.
-        forced_full: their values on the host, where all of them are exactly 0 or 1: only the chosen side gets a
-            backward pass then.
+        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage), or `[L, Hk, S]` for
+            gates of KV heads; may require grad.
+        forced_full: the values of forced gates `[L, S]` on the host, where all of them are exactly 0 or 1: only the
+            chosen side gets a backward pass then.
         layout: where the sequences of the pass are, for callers that pack or split them; None = read from the inputs.
         exchange: of the ranks that share the tokens of a pass; None = every token is here.
         logits: the router's logits of the last pass, `[L, S, 2]`.
@@ -413,15 +416,19 @@ class FluxAttention:
         return found.select(order).where(routed, full)
 
     @torch.no_grad()
-    def probe(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`.
+    def probe(self, prompts: Sequence[Tensor], *, by_head: bool = False) -> Tensor:
+        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`; `by_head`: `[L, S, Hk, D]`.
 
         The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
         the cost does not grow with the prompt, and the route is known before prefill starts.
         """
         ends = [self.prompt_ends(p).to(self.device) for p in prompts]
         ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
-        return self.run_probe(ids, self.probe_step([e.numel() for e in ends], ids.shape[1]))
+        step = self.probe_step([e.numel() for e in ends], ids.shape[1])
+        if by_head:
+            assert self.config.backbone is not None
+            step.collect_heads = self.config.backbone.num_key_value_heads
+        return self.run_probe(ids, step)
 
     def prompt_ends(self, prompt: Tensor) -> Tensor:
         """First and last `pool_tokens` tokens of a prompt, side by side."""
@@ -582,6 +589,8 @@ class FluxAttention:
                 step.route = Route.full(layers, sequences)
         else:
             step.route = self.route(self._prompts(layout, kwargs))
+            if isinstance(step.route, HeadRoute) and step.cache is not None:
+                raise ValueError("routes by KV head have no cache: run the model with use_cache=False")
         self.last_route = step.route
 
     def _decide_soft(self, step: Step, kwargs: dict[str, Any]) -> None:
@@ -589,8 +598,14 @@ class FluxAttention:
         assert soft is not None
         step.soft = soft
         if soft.forced is not None:
-            if tuple(soft.forced.shape) != (layers, sequences):
-                raise ValueError(f"forced gates must be [{layers}, {sequences}], got {list(soft.forced.shape)}")
+            shape = tuple(soft.forced.shape)
+            assert self.config.backbone is not None
+            heads = self.config.backbone.num_key_value_heads
+            if shape not in ((layers, sequences), (layers, heads, sequences)):
+                raise ValueError(
+                    f"forced gates must be [{layers}, {sequences}] or [{layers}, {heads}, {sequences}], "
+                    f"got {list(shape)}"
+                )
             step.gates = soft.gates = soft.forced
             step.use_full = soft.forced_full
             return
@@ -641,7 +656,12 @@ class FluxAttention:
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
         tokens = step.pool_plan.gather(hidden.flatten(0, 1))
         with self._beside(step, tokens):
-            pooled = step.pool_plan.mean(self.family.queries(module, tokens))
+            queries = self.family.queries(module, tokens)
+            if step.collect_heads:
+                parts = queries.chunk(step.collect_heads, 2)
+                step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+                return
+            pooled = step.pool_plan.mean(queries)
             if step.collect:
                 step.pooled[layer] = pooled
                 return
@@ -823,11 +843,47 @@ class FluxAttention:
         """Each sequence on its own side; sequences of one side share a launch."""
         layout, cache = step.layout, step.cache
         assert step.route is not None
-        use_full = step.route.use_full[layer].tolist()
+        ends = step.prompt_ends
+        if isinstance(step.route, HeadRoute):
+            return self._by_head(layout, step.route.heads[layer], ends, q, k, v, scale)
+        out = self._sides(layout, cache, layer, step.route.use_full[layer].tolist(), ends, q, k, v, scale)
+        if cache is not None:
+            start = 0
+            for s, n in enumerate(layout.counts):
+                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
+                start += n
+        return out
+
+    def _by_head(
+        self, layout: Layout, heads: Tensor, ends: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        """KV heads become sequences of one head each, and then a head is routed as a sequence is; `heads [Hk, S]`."""
+        count, tokens = k.shape[1], q.shape[0]
+        # [N, Hk·G, D] → [Hk·N, G, D]
+        q, k, v = (x.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        counts = layout.counts * count
+        split = Layout.pack(range(len(counts)), counts, (0,) * len(counts))
+        out = self._sides(split, None, 0, heads.flatten().tolist(), ends * count, q, k, v, scale)
+        return out.unflatten(0, (count, tokens)).transpose(0, 1).flatten(1, 2)
+
+    def _sides(
+        self,
+        layout: Layout,
+        cache: FluxCache | None,
+        layer: int,
+        use_full: list[bool],
+        ends: tuple[int, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+    ) -> Tensor:
         sides = (
             (self.full_mode, [s for s, f in enumerate(use_full) if f]),
             (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
         )
+        assert self._step is not None
+        impl = self._step.impl or self.impl
         out: Tensor | None = None
         for mode, members in sides:
             if not members:
@@ -835,19 +891,14 @@ class FluxAttention:
             rows = _Rows(layout, members)
             side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
             side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
-            ends = tuple(step.prompt_ends[s] for s in members)
-            side = mode.prefill(side_q, side_k, side_v, packing, ends, scale=scale, impl=step.impl or self.impl)
+            side_ends = tuple(ends[s] for s in members)
+            side = mode.prefill(side_q, side_k, side_v, packing, side_ends, scale=scale, impl=impl)
             if len(members) == len(use_full):
                 out = side
             else:
                 out = torch.empty_like(q) if out is None else out
                 rows.put(out, side)
         assert out is not None
-        if cache is not None:
-            start = 0
-            for s, n in enumerate(layout.counts):
-                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
-                start += n
         return out
 
     def _with_past(

@@ -25,9 +25,13 @@ Side = Callable[[Mode, list[int]], Tensor]
 
 
 def soft_blend(full: Tensor, sparse: Tensor, gate: Tensor, counts: Sequence[int]) -> Tensor:
-    """`z·full + (1 − z)·sparse` for any z in [0, 1], differentiable in all three."""
+    """`z·full + (1 − z)·sparse` for any z in [0, 1], differentiable in all three; z `[S]`, or `[Hk, S]` by KV head."""
     lengths = torch.tensor(counts, device=gate.device)
-    weight = gate.repeat_interleave(lengths, output_size=full.shape[0]).to(full.dtype)[:, None, None]
+    weight = gate.repeat_interleave(lengths, -1, output_size=full.shape[0]).to(full.dtype)
+    if weight.ndim == 1:
+        weight = weight[:, None, None]
+    else:
+        weight = weight.T.repeat_interleave(full.shape[1] // weight.shape[0], 1)[..., None]
     return weight * full + (1 - weight) * sparse
 
 
