@@ -86,7 +86,8 @@ class With(Mode):
 
 
 def attached(setup: Setup, model: PreTrainedModel, impl: str | None = None) -> FluxAttention:
-    controller = attach(model, setup.flux)
+    # A named implementation is the reference: nothing else may differ from the model's own code either.
+    controller = attach(model, setup.flux, fuse=None if impl is None else False)
     controller.impl = impl or setup.impl
     if impl is None and setup.sparse_impl != setup.impl:
         controller.sparse_mode = With(controller.sparse_mode, setup.sparse_impl)
@@ -241,7 +242,7 @@ def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -
 
 def fitting(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -> dict[str, Any] | None:
     """`run_steps`, with the layers' inputs in the host's memory where it does not fit otherwise; None = not at all."""
-    for offload in (setup.offload, True):
+    for offload in dict.fromkeys((setup.offload, True)):
         try:
             return {**run_steps(replace(setup, offload=offload), controller, kind, tokens), "offload": offload}
         except torch.cuda.OutOfMemoryError as error:
@@ -262,13 +263,15 @@ def training(setup: Setup, record: Recorder) -> None:
     suffix = "" if setup.sparsity is None else f"_sparse{round(100 * setup.sparsity)}"
     with compiled_layers(controller) if setup.compile else nullcontext():
         for tokens in setup.lengths:
+            offload = setup.offload
             for kind in setup.objectives:
                 label = f"train_8b_{tokens // 1024}k_{kind}{suffix}"
-                row = fitting(setup, controller, kind, tokens)
+                row = fitting(replace(setup, offload=offload), controller, kind, tokens)
                 if row is None:
                     table.append({"tokens": tokens, "objective": kind, "fits": False})
                     record.note("table", table)
                     continue
+                offload = row["offload"]
                 rates = [tokens / s for s in row.pop("seconds")]
                 record.add(f"{label}_tokens_per_s", statistics.median(rates), "tokens/s", rates)
                 peaks[tokens] = max(peaks.get(tokens, 0.0), row["peak_gb"])

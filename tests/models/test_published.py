@@ -3,12 +3,11 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from flux_attention.cli import main
 from flux_attention.models import delta as delta_module
 from flux_attention.models.adapter import AdapterError, load_adapter, save_adapter
 from flux_attention.models.attach import attach, detach
@@ -276,16 +275,22 @@ def test_a_full_disk_keeps_the_old_adapter(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command(places):
-    folder, *_ = places
-    command = [sys.executable, "-m", "flux_attention", "convert"]
-    arguments = [str(folder / "checkpoint"), "--base", str(folder / "base"), "--out", str(folder / "adapter")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(folder / "adapter")
-    assert "6 differ (q, k, v)" in done.stderr
-    config = folder / "checkpoint" / "config.json"
+def test_the_command(tmp_path, capsys):
+    base = make_base("qwen3")
+    base.save_pretrained(tmp_path / "base")
+    write(tmp_path / "checkpoint", tuned(base), make_routers(base))
+    places = [str(tmp_path / "checkpoint"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "adapter")]
+
+    def run():
+        with pytest.raises(SystemExit) as done:
+            main(["convert", *places])
+        return done.value.code or 0, *capsys.readouterr()
+
+    code, out, err = run()
+    assert code == 0 and out.strip() == str(tmp_path / "adapter")
+    assert "6 differ (q, k, v)" in err
+    config = tmp_path / "checkpoint" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "mystery": 1}))
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert "unknown option mystery=1" in done.stderr and "Traceback" not in done.stderr
+    code, out, err = run()
+    assert code == 2 and out == ""
+    assert "unknown option mystery=1" in " ".join(err.split()) and "Traceback" not in err
