@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Recorder, run_sections, sync
+from common import Recorder, label, run_sections, sync
 from end_to_end import build, qwen3_8b, toy
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
@@ -86,8 +86,10 @@ class With(Mode):
 
 
 def attached(setup: Setup, model: PreTrainedModel, impl: str | None = None) -> FluxAttention:
-    # A named implementation is the reference: nothing else may differ from the model's own code either.
-    controller = attach(model, setup.flux, fuse=None if impl is None else False)
+    # A named implementation is the reference: nothing else may differ from the model's own code either. A toy run on a
+    # CPU takes the code of the real one, which is fused.
+    fuse = (True if setup.device.type == "cpu" else None) if impl is None else False
+    controller = attach(model, setup.flux, fuse=fuse)
     controller.impl = impl or setup.impl
     if impl is None and setup.sparse_impl != setup.impl:
         controller.sparse_mode = With(controller.sparse_mode, setup.sparse_impl)
@@ -246,11 +248,7 @@ def fitting(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -> 
         try:
             return {**run_steps(replace(setup, offload=offload), controller, kind, tokens), "offload": offload}
         except torch.cuda.OutOfMemoryError as error:
-            print(
-                f"    {tokens} tokens do not fit{' even' if offload else ' un'}offloaded: {str(error)[:80]}", flush=True
-            )
-            # The traceback holds the tensors of the failed step.
-            del error
+            print(f"    {tokens} tokens do not fit (offload={offload}): {str(error)[:80]}", flush=True)
         free(setup)
     return None
 
@@ -265,7 +263,7 @@ def training(setup: Setup, record: Recorder) -> None:
         for tokens in setup.lengths:
             offload = setup.offload
             for kind in setup.objectives:
-                label = f"train_8b_{tokens // 1024}k_{kind}{suffix}"
+                name = f"train_8b_{label(tokens)}_{kind}{suffix}"
                 row = fitting(replace(setup, offload=offload), controller, kind, tokens)
                 if row is None:
                     table.append({"tokens": tokens, "objective": kind, "fits": False})
@@ -273,14 +271,14 @@ def training(setup: Setup, record: Recorder) -> None:
                     continue
                 offload = row["offload"]
                 rates = [tokens / s for s in row.pop("seconds")]
-                record.add(f"{label}_tokens_per_s", statistics.median(rates), "tokens/s", rates)
+                record.add(f"{name}_tokens_per_s", statistics.median(rates), "tokens/s", rates)
                 peaks[tokens] = max(peaks.get(tokens, 0.0), row["peak_gb"])
                 table.append(
                     {"tokens": tokens, "objective": kind, "tokens_per_s": statistics.median(rates), "fits": True, **row}
                 )
                 record.note("table", table)
             if tokens in peaks:
-                record.add(f"train_8b_{tokens // 1024}k_peak_gb{suffix}", peaks[tokens], "GB")
+                record.add(f"train_8b_{label(tokens)}_peak_gb{suffix}", peaks[tokens], "GB")
     detach(model)
 
 
@@ -345,17 +343,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.lengths != "65536":
         # A file is replaced by the next of its name: the table must not take the figures with it.
         name += "-table"
-    prefix = ""
-
-    def recorder(_: str) -> Recorder:
-        return Recorder(name, device, settings, folder, options.commit, prefix)
+    record = Recorder(name, device, settings, folder, options.commit)
 
     def section(run: Callable[[Setup, Recorder], None]) -> Callable[[Recorder], None]:
         return functools.partial(run, setup)
 
-    failures = run_sections([("checks", section(checks))], recorder)
-    prefix = "unchecked_" if failures else ""
-    return failures + run_sections([("training", section(training))], recorder)
+    failures = run_sections([("checks", section(checks))], record)
+    record.prefix = "unchecked_" if failures else ""
+    return failures + run_sections([("training", section(training))], record)
 
 
 if __name__ == "__main__":
