@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flux_attention.data.sample import Sample
 from flux_attention.models.adapter import load_adapter
 from flux_attention.models.attach import attach
 from flux_attention.training.launch import PackRun, run
@@ -116,5 +117,43 @@ def test_a_quantised_backbone_needs_its_package(backbone, command, rows, tmp_pat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
     )
-    with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flux-attention\[quantize\]'"):
         run(PackRun(model=str(backbone), data=data, out=tmp_path / "out", quantize="4bit"), device="cpu")
+
+
+def test_a_quantised_backbone_passes_gradients_on(backbone, tmp_path):
+    """Against the same weights dequantised: what the router learns must not depend on how they are stored."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from flux_attention.training.launch import _load
+    from flux_attention.training.packed_objective import PackedObjective
+    from flux_attention.training.packing import Pack
+    from flux_attention.training.recompute import recomputed_layers
+
+    from .tiny_backbone import CONFIG
+
+    model = _load(PackRun(model=str(backbone), data="d", out="o", quantize="4bit"), torch.device("cpu"))
+    linears = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(linears) == 7 * model.config.num_hidden_layers
+    plain = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).eval().requires_grad_(False)
+    for name, module in model.named_modules():
+        if module in linears:
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data = weight.to(torch.bfloat16)
+    samples = [
+        Sample("qa", "retrieval", tuple(range(3, 120)), (7, 8, 9), ("x",), "f1"),
+        Sample("summary", "holistic", tuple(range(90, 3, -1)) * 2, (9, 8, 7), ("x",), "f1"),
+    ]
+    found = []
+    for one in (model, plain):
+        controller = attach(one, CONFIG)
+        torch.manual_seed(0)
+        controller.router.reset_parameters()
+        torch.nn.init.normal_(controller.router.weights[-1], std=0.3)
+        controller.router.biases[-1].data.zero_()
+        objective = PackedObjective(controller, "lm", {"retrieval": 0.5, "holistic": 1.0}, noise=False)
+        with recomputed_layers(controller):
+            objective(**Pack.of(samples).as_dict())["loss"].backward()
+        assert all(p.grad is None for p in one.parameters())
+        found.append(torch.cat([p.grad.flatten() for p in controller.router.parameters()]))
+    assert found[1].abs().max() > 1e-4
+    assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()

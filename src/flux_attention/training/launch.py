@@ -152,7 +152,9 @@ def _load(plan: PackRun, device: torch.device) -> Any:
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError("a 4-bit backbone needs the package bitsandbytes: pip install bitsandbytes")
+        raise ModuleNotFoundError(
+            "a 4-bit backbone needs the package bitsandbytes: pip install 'flux-attention[quantize]'"
+        )
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options = BitsAndBytesConfig(
@@ -164,4 +166,9 @@ def _load(plan: PackRun, device: torch.device) -> Any:
     loaded = AutoModelForCausalLM.from_pretrained(
         plan.model, quantization_config=options, dtype=torch.bfloat16, device_map={"": device}
     )
-    return loaded.eval().requires_grad_(False)
+    loaded.eval().requires_grad_(False)
+    for module in loaded.modules():
+        if type(module).__name__ == "Linear4bit":
+            # In eval mode some processors take a product without a gradient. These modules do nothing else in training.
+            module.train()
+    return loaded
