@@ -23,8 +23,8 @@ PACKS = 2
 STEPS = 10
 
 
-def make_controller(router_input: str = "probe", family: str = "llama") -> Any:
-    controller = attach(make_model(family), replace(CONFIG, router_input=router_input, full_bias=0.5))
+def make_controller(router_input: str = "probe", fuse: bool = False) -> Any:
+    controller = attach(make_model("llama"), replace(CONFIG, router_input=router_input, full_bias=0.5), fuse=fuse)
     torch.manual_seed(5)
     torch.nn.init.normal_(controller.router.weights[-1], std=0.3)
     return controller
@@ -45,7 +45,7 @@ def make_config(**changes: Any) -> ScaleConfig:
 
 def make_trainer(folder: Path, router_input: str = "probe", **changes: Any) -> PackTrainer:
     callbacks = changes.pop("callbacks", ())
-    controller = make_controller(router_input)
+    controller = make_controller(router_input, changes.pop("fuse", False))
     config = make_config(**changes)
     return PackTrainer(controller, config, make_samples(24), folder, progress=False, callbacks=callbacks)
 
@@ -78,24 +78,28 @@ class KillAt(TrainerCallback):
 
 
 class FailAt(TrainerCallback):
-    """Rank 1 fails at `step`."""
+    """Rank 1 fails at `step`: with an error, or killed, as by a machine out of memory."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, *, killed: bool) -> None:
+        self.step, self.killed = step, killed
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == self.step and args.process_index == 1:
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("this rank has had enough")
 
 
 JOBS: dict[str, dict[str, Any]] = {
     "ddp": {"accumulation": 1},
-    "fsdp": {"accumulation": 1, "shard_backbone": True, "objective": "distill"},
-    "ulysses": {"sequence_parallel": 2},
+    # Fused, as on a GPU: sharding takes that off, sharing rows does not.
+    "fsdp": {"accumulation": 1, "shard_backbone": True, "objective": "distill", "fuse": True},
+    "ulysses": {"sequence_parallel": 2, "fuse": True},
     "ulysses_inline": {"sequence_parallel": 2, "router_input": "inline", "objective": "distill"},
-    "fails": {"accumulation": 1, "callbacks": (FailAt(2),)},
+    "fails": {"accumulation": 1, "callbacks": (FailAt(2, killed=False),)},
+    "dies": {"accumulation": 1, "callbacks": (FailAt(2, killed=True),)},
 }
 
 

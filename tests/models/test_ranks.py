@@ -80,11 +80,15 @@ def test_ranks_train_to_one_processs_numbers(tmp_path, straight):
         assert (ranks[0]["shards"] < 0.75) == (job == "fsdp")
 
 
-def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path):
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [("fails", "RuntimeError: this rank has had enough"), ("dies", "Signal 9 (SIGKILL)")],
+)
+def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path, job, message):
     started = time.monotonic()
-    done = launch(tmp_path, "fails", timeout=120)
+    done = launch(tmp_path, job, timeout=120)
     assert done.returncode != 0
-    assert "RuntimeError: this rank has had enough" in done.stderr
+    assert message in done.stderr
     assert time.monotonic() - started < 60
 
 

@@ -179,6 +179,10 @@ def shard_backbone(controller: FluxAttention) -> None:
 
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("shard_backbone needs torch.distributed: start with torchrun or accelerate launch")
+    if controller.fusion is not None:
+        # Fused layers hold the norms' weights as they were before they are sharded.
+        controller.fusion.remove()
+        controller.fusion = None
     mesh = init_device_mesh(controller.device.type, (dist.get_world_size(),))
     for layer in controller.decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
