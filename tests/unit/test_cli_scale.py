@@ -54,6 +54,10 @@ def test_from_rows_to_an_adapter(command, backbone, rows, tmp_path):  # noqa: F8
     assert code == 2 and "steps: 2 → 4" in err
     code, _, err = command("train-packs", data, *where, *settings, "--resume")
     assert code == 0, err
+    rows.write_text(rows.read_text().replace("answer 1", "answer one"))
+    assert command("data", "build", rows, "--out", data, "--model", backbone, "--pack-tokens", 2048)[0] == 0
+    code, _, err = command("train-packs", data, *where, *settings, "--resume")
+    assert code == 2 and "other settings (then → now): data: " in err
     model = AutoModelForCausalLM.from_pretrained(backbone)
     attach(model, out)
 

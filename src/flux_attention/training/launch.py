@@ -87,6 +87,7 @@ def run(plan: PackRun, *, resume: bool = False, device: str = "auto", progress: 
         samples,
         plan.runs,
         lengths=samples.lengths,
+        data_key=samples.manifest["key"],
         report_to=plan.report_to,
         progress=progress,
     )

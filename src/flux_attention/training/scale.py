@@ -114,6 +114,7 @@ class PackTrainer(RouterTrainer):
         samples: documents; each at most `pack_tokens` long.
         output_dir, report_to, progress, callbacks: as `RouterTrainer`.
         lengths: tokens of each sample, where they are known.
+        data_key: what tells this data from other data when a run is resumed, as the `key` of a data set's manifest.
 
     Raises:
         ValueError: a document longer than a pack, heads or ranks not divisible by `sequence_parallel`, or a launcher
@@ -130,6 +131,7 @@ class PackTrainer(RouterTrainer):
         output_dir: str | Path,
         *,
         lengths: Sequence[int] | None = None,
+        data_key: str | None = None,
         report_to: Sequence[str] = (),
         progress: bool = True,
         callbacks: Sequence[TrainerCallback] = (),
@@ -138,7 +140,7 @@ class PackTrainer(RouterTrainer):
             samples, config.pack_tokens, lengths=lengths, seed=config.seed, short_first=config.short_first
         )
         self._ranks = Ranks()
-        self._packs = packs
+        self._packs, self._data_key = packs, data_key
         super().__init__(
             controller,
             config,
@@ -196,7 +198,7 @@ class PackTrainer(RouterTrainer):
         found = super().settings()
         for name in ("recompute", "offload", "compile", "shard_backbone", "sequence_parallel"):
             found.pop(name)
-        return {**found, "packs": len(self._packs), "filled": self._packs.filled}
+        return {**found, "packs": len(self._packs), "filled": self._packs.filled, "data": self._data_key}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # The packs are in a random order already, and the same one on every rank.

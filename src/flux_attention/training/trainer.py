@@ -386,7 +386,8 @@ class RouterTrainer(Trainer):
             values.pop(name)
         per_step = self._place()[0] * values.pop("batch_size") * accumulation
         data = {"samples_per_step": per_step, "samples": len(self.train_dataset)}
-        return {**values, **data, "adapter": self.flux_controller.config.to_dict()}
+        adapter = {f"adapter.{name}": value for name, value in self.flux_controller.config.to_dict().items()}
+        return {**values, **data, **adapter}
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """The Trainer's `train`; `True` resumes from the newest checkpoint that is complete.
