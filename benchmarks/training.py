@@ -4,8 +4,9 @@
 
 A step is one pack: forward, backward, clipping and AdamW, as the Trainer does them. Packs hold documents of 32K tokens
 (two of half the pack where it is shorter), and every token is learned, which is the dearest case for the loss. The
-figures are of a router as training starts: nearly every layer full, the dearest case for attention. `--sparsity` gives
-a share of the layers to the sparse side instead.
+figures are of a router as training starts: nearly every layer full, the dearest case for attention, and documents that
+distillation could leave out because all of their layers are full are not left out. `--sparsity` gives a share of the
+layers to the sparse side instead.
 
 Checked first, on four layers of the same shapes: the gradient of the gates against one in float32, within twice the
 error of plain bfloat16 attention. When that fails, figures are written under names that begin with "unchecked".
@@ -214,7 +215,7 @@ def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -
     """Seconds of each step and the peak of memory, after one step to warm up."""
     torch.manual_seed(0)
     set_sparsity(controller, setup.sparsity)
-    objective = PackedObjective(controller, kind, {RETRIEVAL: 0.7, HOLISTIC: 1.0}).to(setup.device)  # type: ignore[arg-type]
+    objective = PackedObjective(controller, kind, {RETRIEVAL: 0.7, HOLISTIC: 1.0}, skip_full=False).to(setup.device)  # type: ignore[arg-type]
     objective.temperature = 1.5
     objective.generator = torch.Generator(setup.device).manual_seed(0)
     parameters = [p for p in objective.parameters() if p.requires_grad]

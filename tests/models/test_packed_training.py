@@ -358,3 +358,41 @@ def test_fused_layers_train_to_the_same_gradients(router_input):
     torch.testing.assert_close(found[0][0]["loss"], found[1][0]["loss"], rtol=1e-5, atol=1e-6)
     assert_same(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("full", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_documents_that_stay_dense_are_left_out_of_distillation(full):
+    """Their KL and its gradient are 0: leaving them out changes no number, and they cost no pass."""
+    controller = attach_tiny()
+    controller.model.requires_grad_(False)
+    samples = make_samples(3)
+    batch = Pack.of(samples).as_dict()
+    forced = [s in full for s in range(3)]
+    found = []
+    for skip in (False, True):
+        objective = PackedObjective(controller, "distill", TARGETS, noise=False, skip_full=skip)
+
+        class Pushed(type(controller.router)):
+            def forward(self, pooled, layer=None):
+                logits = super().forward(pooled, layer)
+                # Documents of `full` get every layer full, the others never all of them.
+                push = torch.tensor([[9.0 if f else -9.0 * (i == 0) for f in forced] for i in range(logits.shape[0])])
+                return logits + torch.stack([torch.zeros_like(push), push], -1)
+
+        kind, controller.router.__class__ = type(controller.router), Pushed
+        passed = []
+        handle = controller.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs, passed=passed: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        try:
+            found.append(gradients(objective, batch, recompute=True))
+        finally:
+            handle.remove()
+            controller.router.__class__ = kind
+        tokens = [len(sample) for s, sample in enumerate(samples) if not (skip and s in full)]
+        # The first pass is the probe; then the teacher and the student.
+        assert passed[1:] == ([sum(tokens)] * 2 if tokens else [])
+    for name in ("loss", "task_loss", "sparsity"):
+        torch.testing.assert_close(found[1][0][name], found[0][0][name], rtol=1e-5, atol=1e-6)
+    assert_same(found[1][1], found[0][1])
+    assert float(found[0][0]["task_loss"]) > 1e-4 or len(full) == 3
