@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_attention.models.attach import FluxAttention
 from flux_attention.router import PoolPlan
@@ -164,6 +164,13 @@ def _exchanged(x: Tensor, group: Any) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dist.all_to_all_single(out, x.contiguous(), group=group)
     return out
+
+
+@torch.no_grad()
+def same_everywhere(module: nn.Module) -> None:
+    """Give every rank the first rank's parameters and buffers."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor, 0)
 
 
 def shard_backbone(controller: FluxAttention) -> None:

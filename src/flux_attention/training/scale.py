@@ -19,7 +19,7 @@ from flux_attention.training.compiled import compiled_layers
 from flux_attention.training.objective import AnswerObjective, DamageObjective
 from flux_attention.training.packed_objective import PackedObjective
 from flux_attention.training.packing import PackCollator, PackedDataset
-from flux_attention.training.parallel import Ranks, Ulysses, shard_backbone
+from flux_attention.training.parallel import Ranks, Ulysses, same_everywhere, shard_backbone
 from flux_attention.training.recompute import recomputed_layers
 from flux_attention.training.settle import RouteWindow, StopWhenSettled
 from flux_attention.training.trainer import RouterTrainer, TrainConfig
@@ -177,6 +177,9 @@ class PackTrainer(RouterTrainer):
     ) -> tuple[AnswerObjective | DamageObjective, Any]:
         assert isinstance(config, ScaleConfig) and config.objective != "damage"
         self._ranks = Ranks.of(config.sequence_parallel)
+        if self._ranks.world > 1:
+            # A calibrated router: its buffers were measured on every rank, and all must decide alike.
+            same_everywhere(controller.router)
         exchange = Ulysses(self._ranks, controller) if self._ranks.shared > 1 else None
         objective = PackedObjective(
             controller,
