@@ -11,7 +11,7 @@ of two), `B` rows with one token each. Weights are those of `nn.Linear`: `[out, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,6 +216,98 @@ def rotary_append(
         num_warps=1,
     )
     return out
+
+
+# ------------------------------------------------------------------------------------------------ router
+
+#: Tokens that one program pools.
+_POOLED = 8
+
+
+def pool_queries(
+    q: Tensor, index: Tensor, weight: Tensor, dim: int, norm: Norm | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """Queries before the rotary embedding pooled over tokens and heads, in parts whose sum is the pooled query.
+
+    `q [N, Hq * D]`; `index` int64 and `weight` float32 `[S, K]` as in a `PoolPlan`; `dim` is `D`. Returns float32
+    `[S, parts, D]`.
+    """
+    if not _triton(q, impl):
+        tokens = q[index].unflatten(-1, (-1, dim))
+        mean = (tokens if norm is None else norm(tokens)).mean(2, dtype=torch.promote_types(q.dtype, torch.float32))
+        return torch.einsum("sk,skd->sd", weight.to(mean.dtype), mean)[:, None]
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    q = q.contiguous()
+    (rows, k), hq = index.shape, q.shape[1] // dim
+    parts = triton.cdiv(k, _POOLED)
+    out = torch.empty(rows, parts, dim, dtype=torch.float32, device=q.device)
+    kernels.pool_kernel[(parts, rows)](
+        q,
+        index,
+        weight,
+        q if norm is None else norm.weight,
+        out,
+        k,
+        0.0 if norm is None else norm.eps,
+        HQ=hq,
+        HEADS=triton.next_power_of_2(hq),
+        D=dim,
+        TOKENS=_POOLED,
+        NORM=norm is not None,
+        num_warps=4,
+    )
+    return out
+
+
+def router_logits(
+    parts: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    silu: Sequence[bool],
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """One layer's router on pooled queries in parts, `[S, parts, D]` → logits `[S, 2]`, float32.
+
+    `mean, scale [D]` whiten the input; `weights [out, in]`, `biases [out]`, and whether SiLU follows, layer by layer.
+    """
+    if not _triton(parts, impl):
+        x = (parts.sum(1) - mean) * scale
+        for weight, bias, active in zip(weights, biases, silu, strict=True):
+            x = F.linear(x, weight, bias)
+            x = F.silu(x) if active else x
+        return x
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    x, rows = parts, parts.shape[0]
+    for i, (weight, bias, active) in enumerate(zip(weights, biases, silu, strict=True)):
+        n, k = weight.shape
+        out = torch.empty(rows, 1, n, dtype=torch.float32, device=parts.device)
+        kernels.router_kernel[(triton.cdiv(n, 8), rows)](
+            x,
+            mean,
+            scale,
+            weight,
+            bias,
+            out,
+            n,
+            x.shape[1],
+            K=k,
+            BK=triton.next_power_of_2(k),
+            BN=8,
+            WHITEN=i == 0,
+            SILU=active,
+            num_warps=4,
+        )
+        x = out
+    return x[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ one token

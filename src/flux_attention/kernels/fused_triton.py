@@ -119,6 +119,57 @@ def rotary_append_kernel(
             tl.store(p_v_pages + i_v * stride_h + o_out + HALF, tl.load(p_row + HALF + o_d))
 
 
+# ------------------------------------------------------------------------------------------------ router
+
+
+@triton.jit
+def pool_kernel(
+    p_q, p_index, p_token, p_weight, p_out, k, eps,
+    HQ: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Weighted sums, over TOKENS tokens of a sequence each, of the mean of a token's normalised heads.
+
+    `p_q [N, HQ * D]`, `p_index, p_token [S, k]`: which tokens, and their weights; `p_out [S, ceil(k / TOKENS), D]`.
+    """
+    i_c, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_h, o_d = tl.arange(0, HEADS), tl.arange(0, D)
+    m_h = (o_h < HQ)[:, None]
+    b_out = tl.zeros([D], tl.float32)
+    for i in range(TOKENS):
+        i_k = i_c * TOKENS + i
+        m_k = i_k < k
+        i_t = tl.load(p_index + i_s * k + i_k, mask=m_k, other=0).to(tl.int64)
+        b_token = tl.load(p_token + i_s * k + i_k, mask=m_k, other=0.0)
+        o_x = i_t * HQ * D + o_h[:, None] * D + o_d[None, :]
+        b_x = tl.load(p_q + o_x, mask=m_h, other=0.0).to(tl.float32)
+        if NORM:
+            b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
+            b_x = b_x * tl.load(p_weight + o_d).to(tl.float32)[None, :]
+        b_out += tl.sum(b_x, 0) * (b_token / HQ)
+    tl.store(p_out + (i_s * tl.num_programs(0) + i_c) * D + o_d, b_out)
+
+
+@triton.jit
+def router_kernel(
+    p_x, p_mean, p_scale, p_weight, p_bias, p_out, n, parts,
+    K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, WHITEN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One layer of the router's MLP, float32: `weight [n, K]` times `x`, the sum of `parts` rows `[S, parts, K]`."""
+    i_n, i_s = tl.program_id(0), tl.program_id(1)
+    o_n, o_k = i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    m_n, m_k = o_n < n, o_k < K
+    b_x = tl.zeros([BK], tl.float32)
+    for i in range(parts):
+        b_x += tl.load(p_x + (i_s * parts + i) * K + o_k, mask=m_k, other=0.0)
+    if WHITEN:
+        b_x = (b_x - tl.load(p_mean + o_k, mask=m_k, other=0.0)) * tl.load(p_scale + o_k, mask=m_k, other=0.0)
+    b_w = tl.load(p_weight + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+    b_out = tl.sum(b_w * b_x[None, :], 1) + tl.load(p_bias + o_n, mask=m_n, other=0.0)
+    if SILU:
+        b_out = b_out * tl.sigmoid(b_out)
+    tl.store(p_out + i_s * n + o_n, b_out, mask=m_n)
+
+
 # ------------------------------------------------------------------------------------------------ one token
 
 

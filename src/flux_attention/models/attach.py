@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flux_attention.cache import FluxCache, PagePool, append_token
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import Packing, _importable, paged_decode
+from flux_attention.kernels.fused import Norm, pool_queries
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.families import family_of
 from flux_attention.models.fuse import Fusion, fuse, why_not
@@ -410,7 +411,8 @@ class FluxAttention:
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         step.held.clear()
-        return torch.stack([p for p in step.pooled if p is not None])
+        found = torch.stack([p for p in step.pooled if p is not None])
+        return found if found.ndim == 3 else found.sum(2)
 
     @contextmanager
     def stepping(self, cache: FluxCache, layout: Layout) -> Iterator[None]:
@@ -590,6 +592,8 @@ class FluxAttention:
             return
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
+        if step.soft is None and self.fusion is not None and self.fusion.pools(layer):
+            return  # from the layer's own queries: `pool`
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
         tokens = step.pool_plan.gather(hidden.flatten(0, 1))
@@ -606,15 +610,23 @@ class FluxAttention:
             if step.collect:
                 step.pooled[layer] = pooled
                 return
-            p_full = self.router.p_full(pooled.detach(), layer)
-            event = None
-            if p_full.is_cuda:
-                host = torch.empty(p_full.shape, dtype=p_full.dtype, pin_memory=True)
-                host.copy_(p_full, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-                p_full = host
-            step.decisions[layer] = (p_full, event)
+            step.decisions[layer] = _to_host(self.router(pooled.detach(), layer))
+
+    def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
+        """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`, and decide or collect."""
+        step = self._step
+        if step is None or step.soft is not None or not (step.collect or step.inline):
+            return
+        plan, backbone = step.pool_plan, self.config.backbone
+        assert plan is not None and backbone is not None
+        parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
+        if step.collect:
+            step.pooled[layer] = parts
+            return
+        # In line these few launches cost microseconds, and the projections to keys and values are still to come.
+        logits = self.router.from_parts(parts, layer)
+        with self._beside(step, logits):
+            step.decisions[layer] = _to_host(logits)
 
     @contextmanager
     def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
@@ -662,17 +674,18 @@ class FluxAttention:
         """Wait for this layer's decision and write it into the step's route."""
         decision = step.decisions[layer]
         assert decision is not None and step.route is not None
-        p_full, event = decision
+        logits, event = decision
         if event is not None:
             event.synchronize()
             step.held.clear()
+        p_full = logits.detach().cpu().softmax(-1)[..., 1]
         short = torch.tensor(step.keep_short_full)
         if step.route.p_full is None:
             step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
             if step.cache is not None:
                 step.cache.set_route(step.route)
         assert step.route.p_full is not None
-        step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full.detach().cpu())
+        step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full)
         step.route.use_full[layer] = step.route.p_full[layer] > 0.5
 
     @property
@@ -786,6 +799,17 @@ class FluxAttention:
             gaps.append(cache.gap(layer, row))
             start += n
         return torch.cat(keys), torch.cat(values), Packing(tuple(counts), tuple(k_lens), tuple(gaps))
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on its way to the host, and the event after which it is there."""
+    if not values.is_cuda:
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
 
 
 class _Rows:
