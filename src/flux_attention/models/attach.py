@@ -34,7 +34,7 @@ from flux_attention.models.families import family_of
 from flux_attention.models.fuse import Fusion, fuse, why_not
 from flux_attention.models.probe import ProbeGraphs
 from flux_attention.modes import Mode, make_mode
-from flux_attention.route import Dial, Policy, PolicyContext, Route
+from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
 
 ATTENTION_NAME = "flux_attention"
@@ -173,7 +173,7 @@ class Step:
     route: Route | None = None
     """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
     gates: Tensor | None = None
-    """Training: differentiable z `[L, S]`, 1 = full; both sides run and are blended."""
+    """Training: differentiable z `[L, S]` or `[L, Hk, S]`, 1 = full; both sides run and are blended."""
     soft: SoftRouting | None = None
     inline: bool = False
     keep_short_full: tuple[bool, ...] = ()
@@ -185,6 +185,8 @@ class Step:
     """Kernels of this pass, where they are not the controller's."""
     held: list[Tensor] = field(default_factory=list)
     """What the side stream reads: kept until it has."""
+    collect_heads: int = 0
+    """A probe that keeps the KV heads apart: their number."""
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
     index: Tensor | None = None
     counts: Tensor | None = None
@@ -199,7 +201,8 @@ class SoftRouting:
     Attributes:
         temperature: τ of the Gumbel-softmax.
         noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
-        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage); may require grad.
+        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage), or `[L, Hk, S]` for
+            gates of KV heads; may require grad.
         logits: the router's logits of the last pass, `[L, S, 2]`.
         gates: z of the last pass, `[L, S]`, differentiable.
     """
@@ -374,26 +377,29 @@ class FluxAttention:
         return found.select(order).where(routed, full)
 
     @torch.no_grad()
-    def probe(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`.
+    def probe(self, prompts: Sequence[Tensor], *, by_head: bool = False) -> Tensor:
+        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`; `by_head`: `[L, S, Hk, D]`.
 
         The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
         the cost does not grow with the prompt, and the route is known before prefill starts.
         """
         ends = [self.prompt_ends(p).to(self.device) for p in prompts]
         ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
-        return self.run_probe(ids, self.probe_step([e.numel() for e in ends], ids.shape[1]))
+        return self.run_probe(ids, self.probe_step([e.numel() for e in ends], ids.shape[1], by_head))
 
     def prompt_ends(self, prompt: Tensor) -> Tensor:
         """First and last `pool_tokens` tokens of a prompt, side by side."""
         pool = self.config.pool_tokens
         return torch.cat((prompt[:pool], prompt[max(pool, prompt.numel() - pool) :]))
 
-    def probe_step(self, lengths: Sequence[int], columns: int) -> Step:
+    def probe_step(self, lengths: Sequence[int], columns: int, by_head: bool = False) -> Step:
         """The step of a probe over rows of `lengths` tokens in `columns` columns."""
         rows = len(lengths)
         layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
         step = Step(layout, None, Route.full(len(self.layers), rows), collect=True, prompt_ends=layout.ends)
+        if by_head:
+            assert self.config.backbone is not None
+            step.collect_heads = self.config.backbone.num_key_value_heads
         # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
         step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
         # Rows this short gain nothing from other kernels, and these can be captured in a graph.
@@ -412,7 +418,8 @@ class FluxAttention:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         step.held.clear()
         found = torch.stack([p for p in step.pooled if p is not None])
-        return found if found.ndim == 3 else found.sum(2)
+        # A fused layer pools in parts.
+        return found.sum(2) if found.ndim == 4 and not step.collect_heads else found
 
     @contextmanager
     def stepping(self, cache: FluxCache, layout: Layout) -> Iterator[None]:
@@ -542,6 +549,8 @@ class FluxAttention:
                 step.route = Route.full(layers, sequences)
         else:
             step.route = self.route(self._prompts(layout, kwargs))
+            if isinstance(step.route, HeadRoute) and step.cache is not None:
+                raise ValueError("routes by KV head have no cache: run the model with use_cache=False")
         self.last_route = step.route
 
     def _decide_soft(self, step: Step, kwargs: dict[str, Any]) -> None:
@@ -549,8 +558,14 @@ class FluxAttention:
         assert soft is not None
         step.soft = soft
         if soft.forced is not None:
-            if tuple(soft.forced.shape) != (layers, sequences):
-                raise ValueError(f"forced gates must be [{layers}, {sequences}], got {list(soft.forced.shape)}")
+            shape = tuple(soft.forced.shape)
+            assert self.config.backbone is not None
+            heads = self.config.backbone.num_key_value_heads
+            if shape not in ((layers, sequences), (layers, heads, sequences)):
+                raise ValueError(
+                    f"forced gates must be [{layers}, {sequences}] or [{layers}, {heads}, {sequences}], "
+                    f"got {list(shape)}"
+                )
             step.gates = soft.gates = soft.forced
             return
         shape = (layers, sequences, 2)
@@ -592,11 +607,15 @@ class FluxAttention:
             return
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
-        if step.soft is None and self.fusion is not None and self.fusion.pools(layer):
+        if not (step.soft or step.collect_heads) and self.fusion is not None and self.fusion.pools(layer):
             return  # from the layer's own queries: `pool`
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
         tokens = step.pool_plan.gather(hidden.flatten(0, 1))
+        if step.collect_heads:
+            parts = self.family.queries(module, tokens).chunk(step.collect_heads, 2)
+            step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+            return
         if step.soft is not None:
             pooled = step.pool_plan.mean(self.family.queries(module, tokens))
             logits = self.router(pooled.detach(), layer)
@@ -615,7 +634,7 @@ class FluxAttention:
     def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
         """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`, and decide or collect."""
         step = self._step
-        if step is None or step.soft is not None or not (step.collect or step.inline):
+        if step is None or step.soft or step.collect_heads or not (step.collect or step.inline):
             return
         plan, backbone = step.pool_plan, self.config.backbone
         assert plan is not None and backbone is not None
@@ -744,7 +763,12 @@ class FluxAttention:
         ends = step.prompt_ends if len(step.prompt_ends) == len(layout.counts) else layout.ends
         gate = step.gates[layer] if step.gates is not None else step.packings[("gate", layer)]
         counts = torch.tensor(layout.counts, device=gate.device)
-        gate = gate.repeat_interleave(counts, output_size=q.shape[0]).to(q.dtype)[:, None, None]
+        # [N, 1, 1] for the layer, [N, Hq, 1] for its KV heads
+        gate = gate.repeat_interleave(counts, -1, output_size=q.shape[0]).to(q.dtype)
+        if gate.ndim == 1:
+            gate = gate[:, None, None]
+        else:
+            gate = gate.T.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
         full = self.full_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
         sparse = self.sparse_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
         return gate * full + (1 - gate) * sparse
@@ -753,11 +777,46 @@ class FluxAttention:
         """Each sequence on its own side; sequences of one side share a launch."""
         layout, cache = step.layout, step.cache
         assert step.route is not None
-        use_full = step.route.use_full[layer].tolist()
+        ends = step.prompt_ends
+        if isinstance(step.route, HeadRoute):
+            return self._by_head(layout, step.route.heads[layer], ends, q, k, v, scale)
+        out = self._sides(layout, cache, layer, step.route.use_full[layer].tolist(), ends, q, k, v, scale)
+        if cache is not None:
+            start = 0
+            for s, n in enumerate(layout.counts):
+                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
+                start += n
+        return out
+
+    def _by_head(
+        self, layout: Layout, heads: Tensor, ends: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        """KV heads become sequences of one head each, and then a head is routed as a sequence is; `heads [Hk, S]`."""
+        count, tokens = k.shape[1], q.shape[0]
+        # [N, Hk·G, D] → [Hk·N, G, D]
+        q, k, v = (x.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        counts = layout.counts * count
+        split = Layout.pack(range(len(counts)), counts, (0,) * len(counts))
+        out = self._sides(split, None, 0, heads.flatten().tolist(), ends * count, q, k, v, scale)
+        return out.unflatten(0, (count, tokens)).transpose(0, 1).flatten(1, 2)
+
+    def _sides(
+        self,
+        layout: Layout,
+        cache: FluxCache | None,
+        layer: int,
+        use_full: list[bool],
+        ends: tuple[int, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+    ) -> Tensor:
         sides = (
             (self.full_mode, [s for s, f in enumerate(use_full) if f]),
             (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
         )
+        impl = (self._step.impl if self._step is not None else None) or self.impl
         out: Tensor | None = None
         for mode, members in sides:
             if not members:
@@ -765,19 +824,14 @@ class FluxAttention:
             rows = _Rows(layout, members)
             side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
             side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
-            ends = tuple(step.prompt_ends[s] for s in members)
-            side = mode.prefill(side_q, side_k, side_v, packing, ends, scale=scale, impl=step.impl or self.impl)
+            side_ends = tuple(ends[s] for s in members)
+            side = mode.prefill(side_q, side_k, side_v, packing, side_ends, scale=scale, impl=impl)
             if len(members) == len(use_full):
                 out = side
             else:
                 out = torch.empty_like(q) if out is None else out
                 rows.put(out, side)
         assert out is not None
-        if cache is not None:
-            start = 0
-            for s, n in enumerate(layout.counts):
-                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
-                start += n
         return out
 
     def _with_past(
