@@ -181,12 +181,12 @@ class Step:
     pool_plan: PoolPlan | None = None
     pooled: list[Tensor | None] = field(default_factory=list)
     collect: bool = False
+    collect_heads: int = 0
+    """A probe that keeps the KV heads apart: their number."""
     impl: str | None = None
     """Kernels of this pass, where they are not the controller's."""
     held: list[Tensor] = field(default_factory=list)
     """What the side stream reads: kept until it has."""
-    collect_heads: int = 0
-    """A probe that keeps the KV heads apart: their number."""
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
     index: Tensor | None = None
     counts: Tensor | None = None
@@ -385,7 +385,11 @@ class FluxAttention:
         """
         ends = [self.prompt_ends(p).to(self.device) for p in prompts]
         ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
-        return self.run_probe(ids, self.probe_step([e.numel() for e in ends], ids.shape[1], by_head))
+        step = self.probe_step([e.numel() for e in ends], ids.shape[1])
+        if by_head:
+            assert self.config.backbone is not None
+            step.collect_heads = self.config.backbone.num_key_value_heads
+        return self.run_probe(ids, step)
 
     def prompt_ends(self, prompt: Tensor) -> Tensor:
         """First and last `pool_tokens` tokens of a prompt, side by side."""
@@ -397,9 +401,6 @@ class FluxAttention:
         rows = len(lengths)
         layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
         step = Step(layout, None, Route.full(len(self.layers), rows), collect=True, prompt_ends=layout.ends)
-        if by_head:
-            assert self.config.backbone is not None
-            step.collect_heads = self.config.backbone.num_key_value_heads
         # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
         step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
         # Rows this short gain nothing from other kernels, and these can be captured in a graph.
@@ -414,9 +415,11 @@ class FluxAttention:
             self.decoder(input_ids=ids, use_cache=False)
         finally:
             self._step = outer
-        if self._side is not None:
+        if step.held:
+            # Only where this pass has used it: a graph being captured must not wait for work outside of it.
+            assert self._side is not None
             torch.cuda.current_stream(self.device).wait_stream(self._side)
-        step.held.clear()
+            step.held.clear()
         found = torch.stack([p for p in step.pooled if p is not None])
         # A fused layer pools in parts.
         return found.sum(2) if found.ndim == 4 and not step.collect_heads else found
@@ -612,10 +615,6 @@ class FluxAttention:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
         tokens = step.pool_plan.gather(hidden.flatten(0, 1))
-        if step.collect_heads:
-            parts = self.family.queries(module, tokens).chunk(step.collect_heads, 2)
-            step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
-            return
         if step.soft is not None:
             pooled = step.pool_plan.mean(self.family.queries(module, tokens))
             logits = self.router(pooled.detach(), layer)
@@ -625,7 +624,12 @@ class FluxAttention:
             step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
             return
         with self._beside(step, tokens):
-            pooled = step.pool_plan.mean(self.family.queries(module, tokens))
+            queries = self.family.queries(module, tokens)
+            if step.collect_heads:
+                parts = queries.chunk(step.collect_heads, 2)
+                step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+                return
+            pooled = step.pool_plan.mean(queries)
             if step.collect:
                 step.pooled[layer] = pooled
                 return
@@ -816,7 +820,8 @@ class FluxAttention:
             (self.full_mode, [s for s, f in enumerate(use_full) if f]),
             (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
         )
-        impl = (self._step.impl if self._step is not None else None) or self.impl
+        assert self._step is not None
+        impl = self._step.impl or self.impl
         out: Tensor | None = None
         for mode, members in sides:
             if not members:
