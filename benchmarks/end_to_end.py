@@ -428,7 +428,7 @@ def routing(setup: Setup, record: Recorder) -> None:
         _, route = once(None)
         once(route)
         pairs, inline_ms, static_ms = [], [], []
-        for i in range(11):
+        for i in range(15):
             # Turns change places, so that a drift of the clocks falls on both alike.
             if i % 2:
                 b, a = once(route)[0], once(None)[0]
