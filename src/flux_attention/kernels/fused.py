@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -188,6 +189,7 @@ def rotary_append(
         v_pages.flatten(0, 1)[slots] = v.unflatten(-1, (hk, dim))
         return new_q
     from flux_attention.kernels import fused_triton as kernels
+    from flux_attention.kernels import overlap
 
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     rows, hq = q.shape[0], q.shape[1] // dim
@@ -213,7 +215,9 @@ def rotary_append(
         HALF=dim // 2,
         PAGE=page,
         NORM=q_norm is not None,
+        OVERLAP=overlap.enabled(),
         num_warps=1,
+        launch_pdl=overlap.enabled(),
     )
     return out
 
@@ -337,12 +341,15 @@ def _key(kind: str, weight: Tensor) -> tuple[object, ...]:
     return (weight.device, weight.dtype, kind, *weight.shape)
 
 
-def _launch(kind: str, weight: Tensor, config: VectorConfig | None) -> tuple[VectorConfig, dict[str, int]]:
+def _launch(kind: str, weight: Tensor, config: VectorConfig | None) -> tuple[VectorConfig, dict[str, Any]]:
     import triton
+
+    from flux_attention.kernels import overlap
 
     config = config or _TUNED.get(_key(kind, weight), VECTOR_CONFIGS[0])
     block = min(config.block, triton.next_power_of_2(weight.shape[1]))
-    return config, {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
+    meta = {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
+    return config, meta | {"OVERLAP": overlap.enabled(), "launch_pdl": overlap.enabled()}
 
 
 def vector(

@@ -230,6 +230,7 @@ class FluxAttention:
         policy: what makes a request's route; None = the router.
         dial: range that a routed request's sparsity is held in.
         impl: kernel implementation of prefill attention, "auto" or a name of `kernels.api`.
+        overlap: let the kernels of a captured decode step begin before the one before has ended (Hopper and later).
         last_route: route of the last prefill.
     """
 
@@ -246,6 +247,7 @@ class FluxAttention:
         self.dial = Dial()
         self.impl = "auto"
         self.decode_impl = "auto"
+        self.overlap = False
         self.last_route: Route | None = None
         self.full_mode: Mode = make_mode(config.retrieval_mode, config)
         self.sparse_mode: Mode = make_mode(config.sparse_mode, config)
