@@ -138,3 +138,16 @@ def test_routes_are_the_unfused_ones(family, source):
         detach(model)
     torch.testing.assert_close(routes[0].p_full, routes[1].p_full, rtol=0, atol=1e-4)
     assert 0 < routes[0].sparsity.mean() < 1 and torch.equal(routes[0].use_full, routes[1].use_full)
+
+
+@torch.no_grad()
+def test_captured_outputs_are_the_models():
+    """transformers leaves its capturing hooks on a model; hidden states are right, and layers stay fused."""
+    model = biased(make_model("qwen3"))
+    ids = make_prompts(40)[0][None]
+    expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    controller = attach(model, CONFIG, fuse=True)
+    assert controller.fusion is not None and not any(layer.hooked for layer in controller.fusion.layers)
+    found = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)

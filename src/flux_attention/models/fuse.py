@@ -128,13 +128,13 @@ class _Layer:
         self.first, self.second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         norms = (getattr(self.attention, name, None) for name in ("q_norm", "k_norm"))
         self.q_norm, self.k_norm = (None if norm is None else _norm(norm) for norm in norms)
-        # The attention itself carries the controller's own hook, which has nothing to do in a decode step.
+        # The attention carries the controller's own hook before it, which has nothing to do in a decode step.
         self._inner = [m for m in layer.modules() if m not in (layer, self.attention)]
 
     @property
     def hooked(self) -> bool:
         """Whether somebody else has put hooks into this layer, which its own code alone would call."""
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self._inner) or bool(self.attention._forward_hooks)
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._inner)
 
     def three(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Weights and biases of the projections to queries, keys and values."""
@@ -168,7 +168,8 @@ class _Layer:
             out: Tensor = _own(self.layer, hidden_states, **arguments)
             return out
         assert position_embeddings is not None
-        if hidden_states.shape[:2] == (1, 1) and self.controller.decodes:
+        # Hooks on the attention module itself are called as long as the module is.
+        if hidden_states.shape[:2] == (1, 1) and self.controller.decodes and not self.attention._forward_hooks:
             return self._one_token(hidden_states.flatten(), position_embeddings)[None, None]
         mlp = self.layer.mlp
         normed = fused.rms_norm(hidden_states, self.first)
