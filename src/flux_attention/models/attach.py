@@ -415,6 +415,8 @@ class FluxAttention:
         outer, self._step = self._step, step
         try:
             self.decoder(input_ids=ids, use_cache=False)
+        except _ProbeDoneError:
+            pass
         finally:
             self._step = outer
         if step.held:
@@ -629,11 +631,11 @@ class FluxAttention:
             queries = self.family.queries(module, tokens)
             if step.collect_heads:
                 parts = queries.chunk(step.collect_heads, 2)
-                step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+                self._collect(step, layer, torch.stack([step.pool_plan.mean(part) for part in parts], 1))
                 return
             pooled = step.pool_plan.mean(queries)
             if step.collect:
-                step.pooled[layer] = pooled
+                self._collect(step, layer, pooled)
                 return
             step.decisions[layer] = _to_host(self.router(pooled.detach(), layer))
 
@@ -646,12 +648,18 @@ class FluxAttention:
         assert plan is not None and backbone is not None
         parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
         if step.collect:
-            step.pooled[layer] = parts
+            self._collect(step, layer, parts)
             return
         # In line these few launches cost microseconds, and the projections to keys and values are still to come.
         logits = self.router.from_parts(parts, layer)
         with self._beside(step, logits):
             step.decisions[layer] = _to_host(logits)
+
+    def _collect(self, step: Step, layer: int, pooled: Tensor) -> None:
+        """Keep a layer's pooled queries. Raises `_ProbeDoneError` with the last one's: the rest of the pass is idle."""
+        step.pooled[layer] = pooled
+        if layer == len(self.layers) - 1:
+            raise _ProbeDoneError
 
     @contextmanager
     def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
@@ -860,6 +868,10 @@ class FluxAttention:
             gaps.append(cache.gap(layer, row))
             start += n
         return torch.cat(keys), torch.cat(values), Packing(tuple(counts), tuple(k_lens), tuple(gaps))
+
+
+class _ProbeDoneError(Exception):
+    """Ends a probe once it has what it came for."""
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
