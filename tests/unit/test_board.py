@@ -31,6 +31,7 @@ CELLS = BoardConfig(
     samples=3,
     weak_samples=2,
     calibration=1,
+    calibration_text=1,
     calibration_length=1700,
     heads=HeadTraining(steps=1, batch_size=2),
     head_samples=1,
@@ -130,7 +131,7 @@ def test_samples_of_another_version(tmp_path, monkeypatch):
 def test_pairs_are_measured_once_and_shared(model, adapter, tmp_path, monkeypatch):
     calls = counted(monkeypatch)
     board = make_board(model, adapter, tmp_path)
-    cells = board.samples[0].cells
+    cells = board.samples.test.cells
     sparse = Entrant("sparse", "sparse", by_policy(AllSparse(), LAYERS, cells))
     half = Entrant("half", "damage", by_policy(Static((0, 1)), LAYERS, cells))
     board.measure([sparse, half, replace(half, name="the same again")], "test")
@@ -146,7 +147,7 @@ def test_pairs_are_measured_once_and_shared(model, adapter, tmp_path, monkeypatc
 
 def test_mixed_passes_score_what_single_runs_score(model, adapter, tmp_path):
     board = make_board(model, adapter, tmp_path, replace(LIGHT, batch_tokens=4000))
-    cells = board.samples[0].cells
+    cells = board.samples.test.cells
     entrants = [
         Entrant("a", "a", by_policy(policy, LAYERS, cells)) for policy in (AllSparse(), Static((2,)), Static((0, 3)))
     ]
@@ -401,7 +402,7 @@ def test_tasks_that_dense_cannot_do_are_run_by_nobody_else(model, adapter, tmp_p
 
 def test_router_scores_are_kept_by_router(model, adapter, tmp_path):
     board = make_board(model, adapter, tmp_path)
-    cells = board.samples[0].cells
+    cells = board.samples.test.cells
     changed = Adapter(adapter.config, {n: t + 1 for n, t in adapter.state.items()}, adapter.source)
     for one in (adapter, adapter, changed):
         board._scores(one, cells)
@@ -414,7 +415,7 @@ def test_router_scores_are_kept_by_router(model, adapter, tmp_path):
 
 def test_probe_routes_are_the_routers(model, adapter, tmp_path):
     board = make_board(model, adapter, tmp_path)
-    cells = board.samples[0].cells
+    cells = board.samples.test.cells
     (router,) = board.routers(cells)
     controller = attach(model, adapter)
     try:
