@@ -264,7 +264,7 @@ class Board:
                 "texts": test.settings["texts"],
                 "tokenizer": test.settings["tokenizer"],
             }
-            self._files[cell, mode] = OutcomeFile(self.folder / "outcomes", settings, test.cells[cell])
+            self._files[cell, mode] = OutcomeFile(self.folder / "outcomes", settings, test.checksums[cell])
         return self._files[cell, mode]
 
     def attach(self, adapter: Adapter | FluxConfig) -> FluxAttention:
