@@ -24,6 +24,7 @@ from flux_attention.evaluation.sample_set import checksum, digest
 from flux_attention.models.attach import FluxAttention
 from flux_attention.training.damage import DamageMeter, greedy_ranking, leave_one_out, static_ranking
 from flux_attention.training.heads import HeadTraining, head_router, pooled_heads, train_head_router, train_static_heads
+from flux_attention.training.trainer import compact_state
 
 VERSION = 1
 
@@ -100,8 +101,7 @@ def head_scores(
     """`p_full [L·Hk, n]` of every cell's prompts by an Elastic-style head router."""
 
     def train() -> dict[str, Tensor]:
-        router = train_head_router(controller, samples, training, progress)
-        return {name: tensor.cpu() for name, tensor in router.state_dict().items()}
+        return compact_state(train_head_router(controller, samples, training, progress))
 
     state = _kept(folder / "heads-routed", {**base, **_settings(samples, training)}, train)
     router = head_router(controller)
