@@ -176,7 +176,15 @@ def _tile_mask(
 def streaming_flash4(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
-    """`api.streaming_attention` by flash-attn-4's block sparsity, a call per sequence; `block` a multiple of 128."""
+    """`api.streaming_attention` by flash-attn-4, sequence by sequence; `block` a multiple of 128.
+
+    Without gradients its paged causal kernel runs over page tables (`streaming_pages`); with gradients, or where
+    tiles and blocks do not coincide, its block sparsity over lists of blocks.
+    """
+    from flux_attention.kernels import streaming_pages
+
+    if streaming_pages.serves(q, k, v, packing, block):
+        return streaming_pages.attend(q, k, v, packing, sink=sink, window=window, scale=scale)
     return _over_lists(block_lists.flash4_over, q, k, v, packing, sink, window, block, scale)
 
 

@@ -1,8 +1,8 @@
 """Attach routed attention to an unmodified transformers model, and take it off again.
 
 `attach` changes three things and `detach` restores them: the name of the attention implementation in the model's
-config, one forward hook pair on the decoder and one forward hook per routable attention module. No weight and no
-method is touched.
+config, one forward hook pair on the decoder and one forward hook per routable attention module. On CUDA it also fuses
+the layers (`models/fuse.py`), which `detach` undoes as well. No weight and no class is touched.
 
 A forward pass runs under a `Step`, made before the decoder runs and dropped after it: where the sequences are (padding
 and packing), the cache, and the route. Everything the attention function needs is in it.
@@ -11,7 +11,7 @@ and packing), the cache, and the route. Everything the attention function needs 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,11 +25,13 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flux_attention.cache import FluxCache, PagePool
+from flux_attention.cache import FluxCache, PagePool, append_token
 from flux_attention.config import FluxConfig
-from flux_attention.kernels.api import Packing, paged_decode
+from flux_attention.kernels.api import Packing, _importable, paged_decode
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.families import family_of
+from flux_attention.models.fuse import Fusion, fuse, why_not
+from flux_attention.models.probe import ProbeGraphs
 from flux_attention.modes import Mode, make_mode
 from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
@@ -180,8 +182,14 @@ class Step:
     collect: bool = False
     collect_heads: int = 0
     """A probe that keeps the KV heads apart: their number."""
+    impl: str | None = None
+    """Kernels of this pass, where they are not the controller's."""
+    held: list[Tensor] = field(default_factory=list)
+    """What the side stream reads: kept until it has."""
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
     index: Tensor | None = None
+    counts: Tensor | None = None
+    """Decoding: keys of each layer and row, the new token's included, int32 `[L, B]`."""
     packings: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -244,6 +252,9 @@ class FluxAttention:
         self._soft: SoftRouting | None = None
         self._prompt_tokens: Sequence[int] | None = None
         self._preset: Step | None = None
+        self.fusion: Fusion | None = None
+        self._side: torch.cuda.Stream | None = None
+        self._probes = ProbeGraphs(self)
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._implementation: str = model.config._attn_implementation or "sdpa"
@@ -251,7 +262,7 @@ class FluxAttention:
 
     # ------------------------------------------------------------------ attach and detach
 
-    def _install(self) -> None:
+    def _install(self, fuse_layers: bool | None) -> None:
         # Registering is idempotent and does nothing for models that do not name this implementation.
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
@@ -268,8 +279,13 @@ class FluxAttention:
         self.decoder.config._attn_implementation = ATTENTION_NAME
         self.decoder._flux_config = self.config
         self.model._flux_attention_controller = self
+        able = self.device.type == "cuda" and _importable("triton")
+        if fuse_layers or (fuse_layers is None and able and why_not(self) is None):
+            self.fusion = fuse(self)
 
     def _remove(self) -> None:
+        if self.fusion is not None:
+            self.fusion.remove()
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
@@ -352,8 +368,10 @@ class FluxAttention:
         if not any(routed):
             return full
         # Only prompts that can gain are probed, but every sequence keeps its column.
-        probed = self.probe([p for p, r in zip(prompts, routed, strict=True) if r])
-        found = Route.from_scores(self.router.p_full(probed)).with_dial(self.dial)
+        probed = [p for p, r in zip(prompts, routed, strict=True) if r]
+        replayed = self._probes.p_full(probed)
+        p_full = self.router.p_full(self.probe(probed)) if replayed is None else replayed
+        found = Route.from_scores(p_full).with_dial(self.dial)
         order = torch.tensor(routed, dtype=torch.long).cumsum(0).sub(1).clamp_min(0)
         return found.select(order).where(routed, full)
 
@@ -364,26 +382,41 @@ class FluxAttention:
         The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
         the cost does not grow with the prompt, and the route is known before prefill starts.
         """
-        device, pool = self.device, self.config.pool_tokens
-        ends = [torch.cat((p[:pool], p[max(pool, p.numel() - pool) :])).to(device) for p in prompts]
+        ends = [self.prompt_ends(p).to(self.device) for p in prompts]
         ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
-        lengths = [e.numel() for e in ends]
-        layout = Layout(
-            len(ends), ids.shape[1], tuple(range(len(ends))), (0,) * len(ends), tuple(lengths), (0,) * len(ends)
-        )
-        step = Step(layout, None, Route.full(len(self.layers), len(ends)), collect=True)
+        step = self.probe_step([e.numel() for e in ends], ids.shape[1])
         if by_head:
             assert self.config.backbone is not None
             step.collect_heads = self.config.backbone.num_key_value_heads
+        return self.run_probe(ids, step)
+
+    def prompt_ends(self, prompt: Tensor) -> Tensor:
+        """First and last `pool_tokens` tokens of a prompt, side by side."""
+        pool = self.config.pool_tokens
+        return torch.cat((prompt[:pool], prompt[max(pool, prompt.numel() - pool) :]))
+
+    def probe_step(self, lengths: Sequence[int], columns: int) -> Step:
+        """The step of a probe over rows of `lengths` tokens in `columns` columns."""
+        rows = len(lengths)
+        layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
+        step = Step(layout, None, Route.full(len(self.layers), rows), collect=True, prompt_ends=layout.ends)
         # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
-        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, pool, device=device)
+        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
+        # Rows this short gain nothing from other kernels, and these can be captured in a graph.
+        step.impl = "sdpa" if self.impl == "auto" else None
+        return step
+
+    def run_probe(self, ids: Tensor, step: Step) -> Tensor:
+        """Pooled queries `[L, S, D]` of `ids [S, columns]`; device work only."""
         step.pooled = [None] * len(self.layers)
-        step.prompt_ends = layout.ends
         outer, self._step = self._step, step
         try:
             self.decoder(input_ids=ids, use_cache=False)
         finally:
             self._step = outer
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        step.held.clear()
         return torch.stack([p for p in step.pooled if p is not None])
 
     @contextmanager
@@ -573,23 +606,26 @@ class FluxAttention:
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time, and the
-        # decision is on its way to the host before the layer's own projections are queued.
-        queries = self.family.queries(module, step.pool_plan.gather(hidden.flatten(0, 1)))
-        if step.collect_heads:
-            parts = queries.chunk(step.collect_heads, 2)
-            step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
-            return
-        pooled = step.pool_plan.mean(queries)
-        if step.collect:
-            step.pooled[layer] = pooled
-        elif step.soft is not None:
+        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
+        tokens = step.pool_plan.gather(hidden.flatten(0, 1))
+        if step.soft is not None:
+            pooled = step.pool_plan.mean(self.family.queries(module, tokens))
             logits = self.router(pooled.detach(), layer)
             noise = None if step.soft._noise is None else step.soft._noise[layer]
             step.pooled[layer] = pooled.detach()
             step.decisions[layer] = (logits, None)
             step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
-        else:
+            return
+        with self._beside(step, tokens):
+            queries = self.family.queries(module, tokens)
+            if step.collect_heads:
+                parts = queries.chunk(step.collect_heads, 2)
+                step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+                return
+            pooled = step.pool_plan.mean(queries)
+            if step.collect:
+                step.pooled[layer] = pooled
+                return
             p_full = self.router.p_full(pooled.detach(), layer)
             event = None
             if p_full.is_cuda:
@@ -599,6 +635,23 @@ class FluxAttention:
                 event.record()
                 p_full = host
             step.decisions[layer] = (p_full, event)
+
+    @contextmanager
+    def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
+        """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own.
+
+        Its launches are many and small. In line they would leave the device idle between them; beside the projections
+        they take what those leave over, and the decision is on the host before the projections are done.
+        """
+        if not tokens.is_cuda:
+            yield
+            return
+        if self._side is None:
+            self._side = torch.cuda.Stream(tokens.device, priority=-1)
+        step.held.append(tokens)
+        self._side.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(self._side):
+            yield
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         step = self._step
@@ -632,6 +685,7 @@ class FluxAttention:
         p_full, event = decision
         if event is not None:
             event.synchronize()
+            step.held.clear()
         short = torch.tensor(step.keep_short_full)
         if step.route.p_full is None:
             step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
@@ -641,6 +695,27 @@ class FluxAttention:
         step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full.detach().cpu())
         step.route.use_full[layer] = step.route.p_full[layer] > 0.5
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the current pass adds one token to every row of a cache."""
+        return self._step is not None and self._step.layout.is_decode and self._step.cache is not None
+
+    def decode(self, layer: int, append: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], scale: float) -> Tensor:
+        """One routable layer of a decode step, `[B, Hq, D]`; device work only.
+
+        `append(k_pages, v_pages, page_table, counts)` puts a row's new key and value behind the `counts[b]` keys that
+        it holds and returns the queries `[B, Hq, D]`.
+        """
+        step = self._step
+        assert step is not None and step.cache is not None and step.cache.pool is not None
+        cache, pool = step.cache, step.cache.pool
+        if step.counts is None:
+            # One launch for all layers.
+            step.counts = cache.key_counts + 1
+        q = append(pool.keys, pool.values, cache.page_table[layer], cache.key_counts[layer])
+        table = cache.decode_table(layer)
+        return paged_decode(q, pool.keys, pool.values, table, step.counts[layer], scale=scale, impl=self.decode_impl)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """One routable layer: `query [B, Hq, T, D]`, `key, value [B, Hk, T, D]` → `[B, T, Hq, D]`."""
         step = self._step
@@ -648,12 +723,13 @@ class FluxAttention:
             raise RuntimeError("an attached attention layer ran outside of its decoder; call the model itself")
         batch, heads, columns, dim = query.shape
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if step.layout.is_decode and step.cache is not None:
-            assert step.cache.pool is not None
-            table, counts = step.cache.append_one(layer, k[:, 0], v[:, 0])
-            pool = step.cache.pool
-            out = paged_decode(q[:, 0], pool.keys, pool.values, table, counts, scale=scale, impl=self.decode_impl)
-            return out[:, None]
+        if self.decodes:
+
+            def append(keys: Tensor, values: Tensor, table: Tensor, counts: Tensor) -> Tensor:
+                append_token(keys, values, table, counts, k[:, 0], v[:, 0])
+                return q[:, 0]
+
+            return self.decode(layer, append, scale)[:, None]
         if step.inline and step.soft is None:
             self._inline_route(step, layer)
         q, k, v = (x.reshape(batch * columns, -1, dim) for x in (q, k, v))
@@ -728,6 +804,8 @@ class FluxAttention:
             (self.full_mode, [s for s, f in enumerate(use_full) if f]),
             (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
         )
+        assert self._step is not None
+        impl = self._step.impl or self.impl
         out: Tensor | None = None
         for mode, members in sides:
             if not members:
@@ -736,7 +814,7 @@ class FluxAttention:
             side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
             side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
             side_ends = tuple(ends[s] for s in members)
-            side = mode.prefill(side_q, side_k, side_v, packing, side_ends, scale=scale, impl=self.impl)
+            side = mode.prefill(side_q, side_k, side_v, packing, side_ends, scale=scale, impl=impl)
             if len(members) == len(use_full):
                 out = side
             else:
@@ -843,19 +921,24 @@ def routable_layers(config: Any) -> tuple[int, ...]:
     return layers
 
 
-def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | None = None) -> FluxAttention:
+def attach(
+    model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | None = None, *, fuse: bool | None = None
+) -> FluxAttention:
     """Route the attention of `model`, in place and reversibly.
 
     Args:
         model: an unmodified transformers causal LM of a known family.
         adapter: a trained adapter (object, folder, Hub id or shipped name), or a `FluxConfig` for an untrained
             router, which starts with every layer full. None = `FluxConfig()`.
+        fuse: run norms, rotary embedding and gating folded together (`models/fuse.py`). None: on CUDA, where the
+            family allows it; the results are the same to rounding.
 
     Returns:
         the controller; `detach(model)` ends it.
 
     Raises:
-        ValueError: unknown family, adapter of another backbone, or a model that is attached already.
+        ValueError: unknown family, adapter of another backbone, a model that is attached already, or `fuse=True` for
+            a model that cannot be fused.
     """
     if hasattr(model, "_flux_attention_controller"):
         raise ValueError("the model is attached already; detach(model) first")
@@ -876,7 +959,11 @@ def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | 
         router.load_state_dict(adapter.state)
     router.to(next(decoder.parameters()).device).float().eval()
     controller = FluxAttention(model, flux, router)
-    controller._install()
+    try:
+        controller._install(fuse)
+    except ValueError:
+        controller._remove()
+        raise
     return controller
 
 
