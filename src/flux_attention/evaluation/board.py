@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,7 @@ class Board:
             test = self.samples.test
             settings = {
                 **self._base(self._mode(mode)),
+                "code": code_digest(),
                 "task": cell[0],
                 "length": cell[1],
                 "seed": self.config.seed,
@@ -526,6 +527,17 @@ def cell_weights(cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, float]:
 def _without_router(config: FluxConfig) -> FluxConfig:
     """What is left of a configuration when the route is given."""
     return replace(config, router_input="probe", full_bias=0.0, pool_tokens=1)
+
+
+@cache
+def code_digest() -> str:
+    """Of the kernels: results of one version of them must not stand beside another's."""
+    package = Path(__file__).resolve().parents[1]
+    found = hashlib.sha256()
+    for folder in ("kernels", "modes"):
+        for path in sorted((package / folder).glob("*.py")):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def adapter_digest(adapter: Adapter) -> str:
