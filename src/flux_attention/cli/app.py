@@ -378,7 +378,8 @@ def board(
         calibration=calibration,
         calibration_text=calibration_text,
         calibration_length=calibration_length,
-        heads=HeadTraining(steps=head_steps),
+        # Activations kept for gradients: about a megabyte a token for the smallest models.
+        heads=HeadTraining(steps=head_steps, pass_tokens=16384 if on_gpu else 2048),
         head_samples=head_samples,
         head_lengths=_numbers("--head-lengths", head_lengths, int),
         batch_tokens=batch_tokens or (131072 if on_gpu else 8192),

@@ -111,11 +111,10 @@ def head_scores(
 
 
 def _settings(samples: Sequence[Sample], training: HeadTraining) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "samples": digest([checksum(sample) for sample in samples]),
-        "training": {**asdict(training), "targets": dict(training.targets)},
-    }
+    options = {**asdict(training), "targets": dict(training.targets)}
+    # How a step is cut into passes changes nothing.
+    del options["pass_tokens"]
+    return {"version": VERSION, "samples": digest([checksum(sample) for sample in samples]), "training": options}
 
 
 def _kept(stem: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
