@@ -18,6 +18,7 @@ from flux_attention.data.tasks.kv_lookup import KeyValueLookup
 from flux_attention.data.tasks.math_problems import MathProblems
 from flux_attention.data.tasks.module_summary import ModuleSummary
 from flux_attention.data.tasks.niah import Needle
+from flux_attention.data.tasks.open_prompts import OpenQuestion, OpenRequest
 from flux_attention.data.tasks.passages import PassageCount, PassageRetrieval
 from flux_attention.data.tasks.row_qa import RowQA
 from flux_attention.data.tasks.variable_tracking import VariableTracking
@@ -50,6 +51,8 @@ _BUILT_IN: tuple[Task, ...] = (
     Continuation(name="prose_continuation", source="topics", test_source="topics"),
     Continuation(name="docstring_continuation", source="docstrings", test_source="docstrings", held_out=True),
     ModuleSummary(name="module_summary"),
+    OpenQuestion(name="open_question"),
+    OpenRequest(name="open_request"),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _BUILT_IN}
@@ -125,6 +128,8 @@ __all__ = [
     "MathProblems",
     "ModuleSummary",
     "Needle",
+    "OpenQuestion",
+    "OpenRequest",
     "PassageCount",
     "PassageRetrieval",
     "RowQA",
