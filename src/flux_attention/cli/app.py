@@ -353,7 +353,7 @@ def board(
     ] = 2,
     calibration_text: Annotated[
         int, typer.Option("--calibration-text", help="The same per training task of running text.")
-    ] = 8,
+    ] = 12,
     calibration_length: Annotated[int, typer.Option("--calibration-length", help="Their tokens.")] = 3072,
     head_steps: Annotated[int, typer.Option("--head-steps", help="Training steps of the head-level baselines.")] = 80,
     head_samples: Annotated[

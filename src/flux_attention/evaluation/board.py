@@ -20,7 +20,7 @@ import torch
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import HOLISTIC, RETRIEVAL, Sample, get_task
-from flux_attention.data.tasks import training_tasks
+from flux_attention.data.tasks import Continuation, training_tasks
 from flux_attention.evaluation import baselines
 from flux_attention.evaluation.entrants import (
     POLICIES,
@@ -101,7 +101,7 @@ class BoardConfig:
     dial: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
     calibration: int = 2
-    calibration_text: int = 8
+    calibration_text: int = 12
     calibration_length: int = 3072
     heads: HeadTraining = field(default_factory=HeadTraining)
     head_samples: int = 16
@@ -176,7 +176,7 @@ def prepare(config: BoardConfig, tokenizer: Any, folder: Path, progress: Progres
         return tuple(sample for samples in made.cells.values() for sample in samples)
 
     names = list(training_tasks())
-    text = [name for name, task in training_tasks().items() if task.metric == "nll"]
+    text = [name for name, task in training_tasks().items() if isinstance(task, Continuation)]
     length = (config.calibration_length,)
     return Prepared(
         make(config.cells, config.samples, config.seed, "test"),
