@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import HOLISTIC, RETRIEVAL, Sample, get_task
-from flux_attention.data.tasks import training_tasks
+from flux_attention.data.tasks import Continuation, training_tasks
 from flux_attention.evaluation import baselines
 from flux_attention.evaluation.entrants import (
     POLICIES,
@@ -77,10 +77,13 @@ class BoardConfig:
     Attributes:
         tasks, lengths, samples, seed: the cells; the same samples for every entrant.
         policies: of `entrants.POLICIES`; the dense model is always there.
-        weak_samples: the first samples of each cell, for entrants far behind and for curves.
+        weak_samples: the first samples of each cell, for entrants far behind and for curves; XAttention, whose plain
+            kernel is many small launches, gets a quarter of them.
         dial: Ω that the first adapter's dial is set to, for its curve.
         sparsities: further Ω of the static splits' curves.
-        calibration, calibration_length: samples per training task that layer rankings are measured on; their tokens.
+        calibration, calibration_text: samples per training task, and per training task of running text, that layer
+            rankings are measured on.
+        calibration_length: their tokens.
         heads: training of the head-level baselines.
         head_samples, head_lengths: their samples per training task and length.
         batch_tokens: tokens of a pass; results do not depend on it.
@@ -94,10 +97,11 @@ class BoardConfig:
     samples: int = 200
     seed: int = 0
     policies: tuple[str, ...] = tuple(POLICIES)
-    weak_samples: int = 50
+    weak_samples: int = 25
     dial: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
     calibration: int = 2
+    calibration_text: int = 12
     calibration_length: int = 3072
     heads: HeadTraining = field(default_factory=HeadTraining)
     head_samples: int = 16
@@ -122,7 +126,14 @@ class BoardConfig:
             raise ValueError(f"unknown policy {unknown[0]!r}; known: {', '.join(POLICIES)}")
         if "router" not in self.policies:
             raise ValueError("policies must include the router: the baselines stand at its sparsity")
-        for name in ("calibration", "calibration_length", "head_samples", "batch_tokens", "workers"):
+        for name in (
+            "calibration",
+            "calibration_text",
+            "calibration_length",
+            "head_samples",
+            "batch_tokens",
+            "workers",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("sparsities", "dial"):
@@ -136,27 +147,43 @@ class BoardConfig:
         return tuple((task, length) for task in self.tasks for length in self.lengths)
 
 
-def prepare(
-    config: BoardConfig, tokenizer: Any, folder: Path, progress: Progress = tqdm_progress
-) -> tuple[SampleSet, SampleSet | None, SampleSet | None]:
-    """The samples of cells, of calibration and of head training (None where no policy needs them), as files.
+@dataclass(frozen=True)
+class Prepared:
+    """Samples of a board: its cells, and those of the training split that baselines are made with, where needed."""
+
+    test: SampleSet
+    tasks: tuple[Sample, ...] = ()
+    text: tuple[Sample, ...] = ()
+    heads: tuple[Sample, ...] = ()
+
+
+def prepare(config: BoardConfig, tokenizer: Any, folder: Path, progress: Progress = tqdm_progress) -> Prepared:
+    """The samples, from files in `folder` where they are there.
 
     Needs no model and no GPU, and must come before CUDA starts.
     """
-    names = list(training_tasks())
+    seed = config.seed + _TRAINING_SEED
 
     def make(cells: Sequence[Cell], n: int, seed: int, split: str) -> SampleSet:
         return prepared_samples(folder, cells, n, seed, split, tokenizer, workers=config.workers, progress=progress)
 
-    test = make(config.cells, config.samples, config.seed, "test")
-    calibration = heads = None
-    seed = config.seed + _TRAINING_SEED
-    if {"damage", "greedy", "greedy-text"} & set(config.policies):
-        calibration = make([(name, config.calibration_length) for name in names], config.calibration, seed, "train")
-    if {"duo", "elastic"} & set(config.policies):
-        cells = [(name, length) for name in names for length in config.head_lengths]
-        heads = make(cells, config.head_samples, seed + 1, "train")
-    return test, calibration, heads
+    def train(
+        tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int, policies: set[str]
+    ) -> tuple[Sample, ...]:
+        if not policies & set(config.policies):
+            return ()
+        made = make([(task, length) for task in tasks for length in lengths], n, seed, "train")
+        return tuple(sample for samples in made.cells.values() for sample in samples)
+
+    names = list(training_tasks())
+    text = [name for name, task in training_tasks().items() if isinstance(task, Continuation)]
+    length = (config.calibration_length,)
+    return Prepared(
+        make(config.cells, config.samples, config.seed, "test"),
+        train(names, length, config.calibration, seed, {"damage", "greedy"}),
+        train(text, length, config.calibration_text, seed + 1, {"greedy-text"}),
+        train(names, config.head_lengths, config.head_samples, seed + 2, {"duo", "elastic"}),
+    )
 
 
 class Board:
@@ -198,15 +225,14 @@ class Board:
         self._saved = self._begun
 
     @cached_property
-    def samples(self) -> tuple[SampleSet, SampleSet | None, SampleSet | None]:
+    def samples(self) -> Prepared:
         found = prepare(self.config, self.tokenizer, self.folder, self.progress)
         # Found out before anything is run, not in the middle of it.
         controller = attach(self.model, self.adapters[0].config)
         try:
-            for part in found:
-                for some in part.cells.values() if part else ():
-                    extra = self._options.extra_tokens if any(map(self._options.generates, some)) else 0
-                    check_samples(controller, some, extra)
+            for some in (*found.test.cells.values(), found.tasks, found.text, found.heads):
+                extra = self._options.extra_tokens if any(map(self._options.generates, some)) else 0
+                check_samples(controller, some, extra)
         finally:
             detach(self.model)
         return found
@@ -229,16 +255,17 @@ class Board:
 
     def _file(self, cell: Cell, mode: str | None) -> OutcomeFile:
         if (cell, mode) not in self._files:
-            test = self.samples[0]
+            test = self.samples.test
             settings = {
                 **self._base(self._mode(mode)),
+                "code": code_digest(),
                 "task": cell[0],
                 "length": cell[1],
                 "seed": self.config.seed,
                 "texts": test.settings["texts"],
                 "tokenizer": test.settings["tokenizer"],
             }
-            self._files[cell, mode] = OutcomeFile(self.folder / "outcomes", settings, test.cells[cell])
+            self._files[cell, mode] = OutcomeFile(self.folder / "outcomes", settings, test.checksums[cell])
         return self._files[cell, mode]
 
     def attach(self, adapter: Adapter | FluxConfig) -> FluxAttention:
@@ -253,7 +280,7 @@ class Board:
 
         Raises UnfinishedError when the time is up.
         """
-        test = self.samples[0]
+        test = self.samples.test
         for mode in dict.fromkeys(entrant.mode for entrant in entrants):
             wanted: dict[tuple[Cell, int, str], Pair] = {}
             for entrant in entrants:
@@ -294,7 +321,7 @@ class Board:
         config, found = self._mode(entrant.mode), {}
         for cell, columns in entrant.columns.items():
             rows = []
-            for i, (column, sample) in enumerate(zip(columns, self.samples[0].cells[cell], strict=False)):
+            for i, (column, sample) in enumerate(zip(columns, self.samples.test.cells[cell], strict=False)):
                 outcome = self._file(cell, entrant.mode).get(i, column)
                 assert outcome is not None
                 tokens, omega = len(sample.prompt_ids), omega_of(column)
@@ -322,12 +349,12 @@ class Board:
     # ------------------------------------------------------------------ entrants
 
     def dense(self) -> Entrant:
-        return Entrant("dense", "dense", by_policy(Dense(), self.layers, self.samples[0].cells))
+        return Entrant("dense", "dense", by_policy(Dense(), self.layers, self.samples.test.cells))
 
     def kept(self, dense: Mapping[Cell, Sequence[Record]]) -> dict[Cell, tuple[Sample, ...]]:
         """The cells that the dense model can do. Raises ValueError when there is none."""
         cells = {}
-        for cell, some in self.samples[0].cells.items():
+        for cell, some in self.samples.test.cells.items():
             scores = [record.score for record in dense[cell] if record.score is not None]
             if not scores or np.mean(scores) >= LEAST_DENSE:
                 cells[cell] = some
@@ -380,7 +407,8 @@ class Board:
             add("sparse", by_policy(AllSparse(), layers, few))
         for mode in ("triangle", "xattention"):
             if mode in chosen and mode not in (self.adapters[0].config.retrieval_mode,):
-                add(mode, by_policy(AllSparse(), layers, few), mode=mode)
+                less = max(2, config.weak_samples // 4) if mode == "xattention" else config.weak_samples
+                add(mode, by_policy(AllSparse(), layers, {cell: s[:less] for cell, s in few.items()}), mode=mode)
         if "inline" in chosen:
             add("inline", self._inline(few))
         return found
@@ -400,14 +428,11 @@ class Board:
     def _rankings(self, methods: Sequence[str]) -> dict[str, list[int]]:
         if not methods:
             return {}
-        assert self.samples[1] is not None
-        some = [sample for samples in self.samples[1].cells.values() for sample in samples]
         controller = self.attach(self.adapters[0].config)
         try:
             return baselines.layer_rankings(
                 controller,
-                some,
-                methods,
+                {name: self.samples.text if name == "greedy-text" else self.samples.tasks for name in methods},
                 self.folder,
                 self._base(self.adapters[0].config),
                 batch_tokens=self.config.batch_tokens,
@@ -420,8 +445,7 @@ class Board:
         """Head-level entrants at Ω. They have no cache, so cells whose answers are generated are not theirs."""
         if not {"duo", "elastic"} & set(chosen):
             return []
-        assert self.samples[2] is not None
-        some = [sample for samples in self.samples[2].cells.values() for sample in samples]
+        some = self.samples.heads
         own = {cell: s for cell, s in cells.items() if not any(map(self._options.generates, s))}
         config = self.adapters[0].config
         base, training = self._base(config), self.config.heads
@@ -503,6 +527,17 @@ def cell_weights(cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, float]:
 def _without_router(config: FluxConfig) -> FluxConfig:
     """What is left of a configuration when the route is given."""
     return replace(config, router_input="probe", full_bias=0.0, pool_tokens=1)
+
+
+@cache
+def code_digest() -> str:
+    """Of the kernels: results of one version of them must not stand beside another's."""
+    package = Path(__file__).resolve().parents[1]
+    found = hashlib.sha256()
+    for folder in ("kernels", "modes"):
+        for path in sorted((package / folder).glob("*.py")):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def adapter_digest(adapter: Adapter) -> str:
