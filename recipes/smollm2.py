@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
-from flux_attention.data import TASK_CLASSES, TASKS, Sample, make_sample, training_tasks
+from flux_attention.data import RETRIEVAL, TASK_CLASSES, TASKS, Sample, make_sample, training_tasks
 from flux_attention.evaluation.sample_set import SampleSet
 from flux_attention.models.attach import FluxAttention, attach, detach
 from flux_attention.models.backbones import load_backbone
