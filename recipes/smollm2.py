@@ -126,7 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--measurements",
         type=int,
         nargs="+",
-        default=[800, 1000, 300, 200, 200],
+        default=[1500, 300, 200, 150],
         help="routed passes, one or one a group",
     )
     add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
