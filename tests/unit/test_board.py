@@ -11,7 +11,8 @@ import torch
 from flux_attention.cli import board as page
 from flux_attention.cli import main
 from flux_attention.evaluation import board as boards
-from flux_attention.evaluation.board import MIXED, Board, BoardConfig, BoardRun, UnfinishedError, run_board
+from flux_attention.evaluation.board import Board, BoardRun, UnfinishedError, run_board
+from flux_attention.evaluation.board_config import MIXED, BoardConfig
 from flux_attention.evaluation.entrants import POLICIES, Entrant, by_policy, by_size, by_threshold, mean_omega, omega_of
 from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches
 from flux_attention.evaluation.runner import Record, RunOptions, run_samples

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from flux_attention.cli.session import Bars, choose_device, choose_dtype, find_adapter, quiet
 from flux_attention.cli.terminal import print_table
-from flux_attention.evaluation.board import Board, BoardConfig, prepare, run_board
+from flux_attention.evaluation.board import Board, run_board
+from flux_attention.evaluation.board_config import BoardConfig, prepare
 from flux_attention.evaluation.entrants import POLICIES
 from flux_attention.evaluation.metrics import Estimate
 from flux_attention.evaluation.results import environment, write_json, write_results
