@@ -11,8 +11,18 @@ import torch
 from flux_attention.cli import board as page
 from flux_attention.cli import main
 from flux_attention.evaluation import board as boards
-from flux_attention.evaluation.board import MIXED, Board, BoardConfig, BoardRun, UnfinishedError, run_board
-from flux_attention.evaluation.entrants import POLICIES, Entrant, by_policy, by_size, by_threshold, mean_omega, omega_of
+from flux_attention.evaluation.board import Board, BoardRun, UnfinishedError, run_board
+from flux_attention.evaluation.board_config import MIXED, BoardConfig
+from flux_attention.evaluation.entrants import (
+    POLICIES,
+    STATIC,
+    Entrant,
+    by_policy,
+    by_size,
+    by_threshold,
+    mean_omega,
+    omega_of,
+)
 from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches
 from flux_attention.evaluation.runner import Record, RunOptions, run_samples
 from flux_attention.evaluation.sample_set import SampleSet, make_sample_set, prepared_samples
@@ -333,12 +343,19 @@ def made_run():
         static[cell] = [record(task, kind, score=s, sparsity=0.75) for s in broken]
     weak = {cell: rows[:20] for cell, rows in static.items()}
     others = [
-        (Entrant("damage 0.75", "damage", {}, matched=True), static),
+        *((Entrant(f"{family} 0.75", family, {}, matched=True), static) for family in STATIC),
         (Entrant("random 0.75", "random", {}, matched=True), weak),
         (Entrant("inline", "inline", {}), weak),
     ]
     routers = [(Entrant(f"router (seed {i})", "router", {}), routed) for i in range(3)]
     return BoardRun(dense, routers, others, 0.75, {("row_qa", 900): 0.02})
+
+
+def test_a_board_without_all_static_splits_has_not_met_the_best():
+    run = made_run()
+    some = replace(run, others=[other for other in run.others if other[0].family != "duo"])
+    names = {figure.name for figure in summarise(some).figures}
+    assert "board_margin_over_some_static_low" in names and "board_margin_over_best_static_low" not in names
 
 
 def test_a_router_that_knows_better_than_static_wins():
@@ -353,7 +370,7 @@ def test_a_router_that_knows_better_than_static_wins():
     assert figures["board_class_sparsity_gap"].value == pytest.approx(0.5)
     assert figures["board_probe_minus_inline"].value > 5
     rows = {row.name: row for row in outcome.rows}
-    assert {row.family for row in outcome.rows} == {"router", "seed", "dense", "damage", "random", "inline"}
+    assert {row.family for row in outcome.rows} == {"router", "seed", "dense", "random", "inline", *STATIC}
     static, weak = rows["damage 0.75"], rows["random 0.75"]
     assert static.margin is not None and static.macro.value == pytest.approx(
         (static.retrieval.value + static.holistic.value) / 2, abs=1e-9

@@ -385,7 +385,7 @@ def board(
 
     from flux_attention.cli.board import run
     from flux_attention.cli.session import choose_device
-    from flux_attention.evaluation.board import MIXED, BoardConfig
+    from flux_attention.evaluation.board_config import MIXED, BoardConfig
     from flux_attention.evaluation.entrants import POLICIES
     from flux_attention.training.heads import HeadTraining
 

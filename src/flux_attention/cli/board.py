@@ -10,7 +10,8 @@ from rich.console import Console
 
 from flux_attention.cli.session import Bars, choose_device, choose_dtype, find_adapter, quiet
 from flux_attention.cli.terminal import print_table
-from flux_attention.evaluation.board import Board, BoardConfig, prepare, run_board
+from flux_attention.evaluation.board import Board, run_board
+from flux_attention.evaluation.board_config import BoardConfig, prepare
 from flux_attention.evaluation.entrants import POLICIES
 from flux_attention.evaluation.metrics import Estimate
 from flux_attention.evaluation.results import environment, write_json, write_results
@@ -123,12 +124,12 @@ def summary(rows: tuple[Row, ...]) -> Table:
 
 
 def _comparable(row: Row, rows: tuple[Row, ...]) -> Estimate:
-    """A row's macro score; of one that lacks tasks, the router's less its lead on the tasks that both ran."""
+    """A row's macro score; of one that lacks tasks or samples, the router's less the difference on what both ran."""
     router = next(other for other in rows if other.family == "router")
-    if row.margin is None or len(row.cells) == len(router.cells):
+    if len(row.cells) == len(router.cells) and row.samples == router.samples:
         return row.macro
-    value, half = router.macro.value - row.margin.value, (row.margin.high - row.margin.low) / 2
-    return Estimate(value, value - half, value + half, row.margin.n)
+    value, half = router.macro.value - row.difference.value, (row.difference.high - row.difference.low) / 2
+    return Estimate(value, value - half, value + half, row.difference.n)
 
 
 def by_task(rows: tuple[Row, ...]) -> Table:
@@ -146,7 +147,8 @@ def _notes(outcome: Summary) -> str:
         "cache over dense. A lead is the paired macro difference in points on the samples that both ran, the baseline "
         "brought to exactly the router's mean Ω: of the two whole sizes around it, some prompts get the one and some "
         "the other. † Routes by KV head have no cache: tasks whose answers are generated are missing from their "
-        "means, so the lead is what compares, and it places them in the figure."
+        "means. Entrants with fewer tasks or samples than the router stand in the order, and in the figure, at the "
+        "router's macro score less the paired difference."
     )
     if outcome.left_out:
         listed = ", ".join(f"{key} ({value:.2f})" for key, value in outcome.left_out)
