@@ -127,8 +127,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=int,
         nargs="+",
         default=[1500, 300, 200, 150],
-        help="routed passes, one or one a group",
+        help="routed passes, one or one a group; 0 = the costs of the group before hold for this one, too",
     )
+    add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
     add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
     add("--softness", type=float, default=1.0, help="of the targets around the budget, in ranks")
     add("--fit-steps", type=int, default=500)
@@ -294,6 +295,10 @@ def rank_group(
     options: argparse.Namespace,
 ) -> tuple[LayerCosts, dict[str, int]]:
     """What the group's layers cost, and how many samples of each task that rests on."""
+    if options.measurements[group.name] == 0:
+        if not known:
+            raise SystemExit(f"group {group.name} is the first: there are no costs to take over, measure some")
+        return replace(known[-1], curve=[]), {}
     meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens)
     # What the dense model is far from answering says little about which layers retrieve.
     meter = meter.subset(meter.within_reach())
@@ -437,12 +442,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         pooled = probe_all(controller, made["fit"])
         router.fit_input_scale(pooled)
     rankings: dict[str, LayerCosts] = {}
+    earlier = json.loads(options.costs.read_text())["rankings"] if options.costs else {}
     log["rankings"] = {}
     for group in groups:
         with cost.phase("search"):
-            samples = made[f"search:{group.name}"]
-            rankings[group.name], used = rank_group(controller, group, samples, list(rankings.values()), options)
-        found = rankings[group.name]
+            if group.name in earlier:
+                row = earlier[group.name]
+                found = LayerCosts(torch.tensor(row["costs"]), torch.tensor(row["deviations"]), row["curve"])
+                used = row["samples"]
+            else:
+                samples = made[f"search:{group.name}"]
+                found, used = rank_group(controller, group, samples, list(rankings.values()), options)
+        rankings[group.name] = found
         log["rankings"][group.name] = {
             "order": found.order,
             "costs": [round(float(x), 5) for x in found.mean],
