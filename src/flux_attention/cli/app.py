@@ -343,7 +343,7 @@ def board(
     ] = "all",
     weak_samples: Annotated[
         int, typer.Option("--weak-samples", help="Samples per task and length for weak baselines and curves.")
-    ] = 50,
+    ] = 25,
     dial: Annotated[
         str, typer.Option("--dial", help="Ω that the first adapter's dial is set to, such as 0.5,0.7,0.9: a curve.")
     ] = "",
@@ -356,6 +356,9 @@ def board(
     calibration: Annotated[
         int, typer.Option("--calibration", help="Samples per training task that static splits are chosen on.")
     ] = 2,
+    calibration_text: Annotated[
+        int, typer.Option("--calibration-text", help="The same per training task of running text.")
+    ] = 12,
     calibration_length: Annotated[int, typer.Option("--calibration-length", help="Their tokens.")] = 3072,
     head_steps: Annotated[int, typer.Option("--head-steps", help="Training steps of the head-level baselines.")] = 80,
     head_samples: Annotated[
@@ -387,7 +390,7 @@ def board(
 
     from flux_attention.cli.board import run
     from flux_attention.cli.session import choose_device
-    from flux_attention.evaluation.board import MIXED, BoardConfig
+    from flux_attention.evaluation.board_config import MIXED, BoardConfig
     from flux_attention.evaluation.entrants import POLICIES
     from flux_attention.training.heads import HeadTraining
 
@@ -402,8 +405,10 @@ def board(
         dial=_numbers("--dial", dial, float),
         sparsities=_numbers("--sparsities", sparsities, float),
         calibration=calibration,
+        calibration_text=calibration_text,
         calibration_length=calibration_length,
-        heads=HeadTraining(steps=head_steps),
+        # Activations kept for gradients: about a megabyte a token for the smallest models.
+        heads=HeadTraining(steps=head_steps, pass_tokens=16384 if on_gpu else 2048),
         head_samples=head_samples,
         head_lengths=_numbers("--head-lengths", head_lengths, int),
         batch_tokens=batch_tokens or (131072 if on_gpu else 8192),

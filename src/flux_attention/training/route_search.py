@@ -12,7 +12,7 @@ Shapes: `L` routable layers, `n` measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from flux_attention.training.damage import DamageMeter
 
-#: Share of the layers that the first routes make sparse: few enough that single layers are told apart.
+#: Share of the layers that the first routes make sparse where nothing is known: few, so that single layers show.
 _FIRST_SHARE = 0.3
 #: Share of the measurements after which routes are as sparse as wanted.
 _GROWTH = 0.4
-#: Deviation of the prior of a layer's effect, in deviations of a measurement.
-_PRIOR = 0.33
+#: Share of the routes that are drawn at random.
+_BLIND = 0.125
+#: Deviations that a layer's own effect may have beforehand, in deviations of a measurement; the likeliest is taken.
+_PRIORS = (0.3, 0.1, 0.03, 0.01, 0.003)
 
 
 @dataclass
@@ -48,39 +50,66 @@ class LayerCosts:
 
 
 class _LinearModel:
-    """Bayesian regression of the loss on the sparse layers and a constant, float64 on the CPU."""
+    """Bayesian regression of the loss on the sparse layers, float64 on the CPU.
 
-    def __init__(self, layers: int) -> None:
+    A layer's cost is its own, drawn from a prior around zero whose width is learnt, plus a multiple of what the layer
+    costs other groups of tasks: where measurements are few or noisy, layers keep the order that is known.
+
+    Args:
+        layers: L.
+        known: costs found for other groups, `[L]` each.
+    """
+
+    def __init__(self, layers: int, known: Sequence[Tensor] = ()) -> None:
         self.layers = layers
+        self.known = [cost.double() / cost.double().abs().max().clamp_min(1e-12) for cost in known]
         self.inputs: list[Tensor] = []
         self.losses: list[Tensor] = []
+        # Costs of the layers as a function of the coefficients: their own, the multiples, the constant's (none).
+        self._to_costs = torch.cat(
+            (torch.eye(layers, dtype=torch.float64), *(k[:, None] for k in self.known), torch.zeros(layers, 1)), 1
+        )
 
     def add(self, sparse: Tensor, loss: Tensor) -> None:
         """`sparse` bool `[n, L]`, `loss` `[n]`."""
-        self.inputs.append(torch.cat((sparse.double(), torch.ones(len(loss), 1, dtype=torch.float64)), 1))
+        x = sparse.double() @ self._to_costs
+        x[:, -1] = 1
+        self.inputs.append(x)
         self.losses.append(loss.double())
 
-    def posterior(self) -> tuple[Tensor, Tensor]:
-        """Mean `[L + 1]` and covariance `[L + 1, L + 1]`, the constant last."""
+    def costs(self) -> tuple[Tensor, Tensor]:
+        """Posterior of the layers' costs: mean `[L]` and covariance `[L, L]`."""
+        width = self._to_costs.shape[1]
         if not self.inputs:
-            # Nothing known: a draw is a random order.
-            return torch.zeros(self.layers + 1, dtype=torch.float64), torch.eye(self.layers + 1, dtype=torch.float64)
+            # Nothing measured: a draw is what is known, or a random order.
+            prior = torch.stack(self.known).mean(0) if self.known else torch.zeros(self.layers, dtype=torch.float64)
+            return prior, torch.eye(self.layers, dtype=torch.float64)
         x, y = torch.cat(self.inputs), torch.cat(self.losses)
         noise = y.var(unbiased=False).clamp_min(1e-12)
         # Twice: with the deviation of the losses first, then with what the layers leave unexplained.
         for _ in range(2):
-            prior = torch.full((self.layers + 1,), 1.0, dtype=torch.float64) / (_PRIOR**2 * noise)
-            prior[-1] = 1e-6 / noise
-            covariance = torch.linalg.inv(x.T @ x / noise + prior.diag())
-            mean = covariance @ (x.T @ y) / noise
+            best: tuple[Tensor, Tensor, Tensor] | None = None
+            for share in _PRIORS:
+                prior = torch.full((width,), 1e-3, dtype=torch.float64) / noise
+                prior[: self.layers] = 1 / (share**2 * noise)
+                precision = x.T @ x / noise + prior.diag()
+                mean = torch.linalg.solve(precision, x.T @ y / noise)
+                # Of the data under this prior, up to a constant.
+                evidence = 0.5 * (prior.log().sum() - torch.logdet(precision) + mean @ precision @ mean)
+                if best is None or evidence > best[0]:
+                    best = (evidence, mean, precision)
+            assert best is not None
+            _, mean, precision = best
             noise = (y - x @ mean).square().mean().clamp_min(1e-12)
-        return mean, covariance
+        covariance = self._to_costs @ torch.linalg.inv(precision) @ self._to_costs.T
+        return self._to_costs @ mean, covariance
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Costs of the layers under `count` draws from the posterior, `[count, L]`."""
-        mean, covariance = self.posterior()
-        normal = torch.randn(count, self.layers + 1, dtype=torch.float64, generator=generator)
-        return (mean + normal @ torch.linalg.cholesky(covariance).T)[:, : self.layers]
+        mean, covariance = self.costs()
+        values, vectors = torch.linalg.eigh(covariance)
+        normal = torch.randn(count, self.layers, dtype=torch.float64, generator=generator)
+        return mean + (normal * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def search_routes(
@@ -91,6 +120,7 @@ def search_routes(
     batch: int = 64,
     spread: int = 2,
     seed: int = 0,
+    known: Sequence[Tensor] = (),
     watch: Callable[[dict[str, float]], None] | None = None,
 ) -> LayerCosts:
     """Learn what each layer costs the meter's samples at about Ω = `sparsity`.
@@ -102,6 +132,7 @@ def search_routes(
         batch: pairs between two looks at the posterior.
         spread: routes have up to this many sparse layers more or fewer than wanted, so that a dial moves well.
         seed: of the order of samples and the draws.
+        known: costs that other groups' searches found, `[L]` each, a guess for this one's.
         watch: called with each row of the curve.
 
     Raises:
@@ -114,7 +145,8 @@ def search_routes(
         raise ValueError(f"{measurements} measurements in batches of {batch} cannot tell {layers} layers apart")
     generator = torch.Generator().manual_seed(seed)
     dense = meter.dense_losses()
-    model, curve = _LinearModel(layers), []
+    model = _LinearModel(layers, known)
+    curve: list[dict[str, float]] = []
     queue: list[int] = []
     done = 0
     while done < measurements:
@@ -122,9 +154,14 @@ def search_routes(
         while len(queue) < count:
             queue += torch.randperm(len(meter.samples), generator=generator).tolist()
         members, queue = queue[:count], queue[count:]
-        share = sparsity - max(0.0, sparsity - _FIRST_SHARE) * max(0.0, 1 - done / (_GROWTH * measurements))
+        growing = 0.0 if known else max(0.0, 1 - done / (_GROWTH * measurements))
+        share = sparsity - max(0.0, sparsity - _FIRST_SHARE) * growing
         wanted = round(share * layers) + torch.randint(-spread, spread + 1, (count,), generator=generator)
-        rank = model.draw(count, generator).argsort(1).argsort(1)
+        draws = model.draw(count, generator)
+        # A confident model never looks again at what it has given up: a part of the routes is drawn blindly.
+        blind = torch.rand(count, generator=generator) < _BLIND
+        draws[blind] = torch.rand(int(blind.sum()), layers, generator=generator, dtype=torch.float64)
+        rank = draws.argsort(1).argsort(1)
         sparse = rank < wanted.clamp(1, layers - 1)[:, None]
         loss = meter.measure(members, ~sparse.T).loss - dense[members]
         model.add(sparse, loss)
@@ -133,5 +170,5 @@ def search_routes(
         curve.append(row)
         if watch is not None:
             watch(row)
-    mean, covariance = model.posterior()
-    return LayerCosts(mean[:layers], covariance.diagonal()[:layers].sqrt(), curve)
+    mean, covariance = model.costs()
+    return LayerCosts(mean, covariance.diagonal().clamp_min(0).sqrt(), curve)

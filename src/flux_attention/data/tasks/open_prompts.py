@@ -96,12 +96,12 @@ class OpenQuestion(TextTask):
     test_source: str = "docstrings"
 
     def sizes(self, length: int) -> tuple[int, int]:
-        return 1000, max(1000, 4 * (length - 100))
+        return 400, max(400, 4 * (length - 200))
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         question, index = choose(rng, split, _QUESTIONS_TRAIN, _QUESTIONS_TEST)
         source = self.test_source if split == "test" else rng.choice(self.sources)
-        pieces = [piece.strip() for piece in haystack(source, split, rng, size)]
+        pieces = [piece.strip() for piece in haystack(source, split, rng, size) if piece.strip()]
         text = joiner(source).join(pieces)
         # Asked about: a sentence, from a random one on, with a term that stands nowhere else.
         start = rng.randrange(len(pieces))
@@ -113,7 +113,7 @@ class OpenQuestion(TextTask):
             i, terms = start, [pieces[start][:40]]
         user = _place(rng, question.format(term=f'"{rng.choice(terms)}"'), text)
         meta = {"source": source, "phrasing": index, "depth": round(i / max(1, len(pieces) - 1), 3)}
-        return Draft(user, "", (pieces[i] or terms[0],), meta=meta)
+        return Draft(user, "", (pieces[i][:400],), meta=meta)
 
 
 @dataclass(frozen=True, kw_only=True)
