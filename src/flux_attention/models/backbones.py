@@ -77,6 +77,25 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "flux-attention"
 
 
+def converted_folder() -> Path:
+    """SmolLM2 as a plain transformers checkpoint in float32, for programs that read no GGUF; made where it is missing.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: as `load_backbone`.
+        OSError: the copy cannot be kept in the cache folder.
+    """
+    gguf = _packaged_gguf()
+    digest = _file_sha256(gguf)
+    folder = _copy_of(digest)
+    if not _is_sound(folder, digest):
+        _keep(folder, digest, *_convert(gguf))
+    return folder
+
+
+def _copy_of(digest: str) -> Path:
+    return cache_folder() / f"{SMOLLM2_NAME}-{digest[:16]}"
+
+
 def _find_gguf(name_or_path: str | Path, gguf_path: str | Path | None) -> Path | None:
     """The GGUF to load, or None when `name_or_path` is for transformers."""
     if gguf_path is not None:
@@ -109,7 +128,7 @@ def _packaged_gguf() -> Path:
 def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """From the converted copy when there is a sound one, else from the GGUF, leaving a copy behind."""
     digest = _file_sha256(gguf)
-    folder = cache_folder() / f"{SMOLLM2_NAME}-{digest[:16]}"
+    folder = _copy_of(digest)
     if _is_sound(folder, digest):
         try:
             return _load_converted(folder, dtype)
