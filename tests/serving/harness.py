@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
-from flux_attention.models.adapter import load_adapter, save_adapter
+from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import FluxAttention, attach
 from flux_attention.models.backbones import converted_folder, load_backbone
 from flux_attention.route import Fixed, Route
@@ -44,14 +44,22 @@ class Reference:
     adapter: str
     controller: FluxAttention
     tokenizer: Any = None
+    _found: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
         return len(self.controller.layers)
 
-    @torch.no_grad()
     def logprobs(self, prompt: Sequence[int], tokens: Sequence[int], sparse_layers: Sequence[int]) -> Tensor:
         """Log-probabilities `[len(tokens), vocabulary]` of the positions that `tokens` were sampled at."""
+        # The same requests come again, warm or after preemption; this is the slow side.
+        key = tuple(prompt), tuple(tokens), tuple(sparse_layers)
+        if key not in self._found:
+            self._found[key] = self._logprobs(prompt, tokens, sparse_layers)
+        return self._found[key]
+
+    @torch.no_grad()
+    def _logprobs(self, prompt: Sequence[int], tokens: Sequence[int], sparse_layers: Sequence[int]) -> Tensor:
         use_full = torch.ones(self.layers, 1, dtype=torch.bool)
         use_full[list(sparse_layers)] = False
         ids = torch.tensor([[*prompt, *tokens]])
@@ -59,15 +67,25 @@ class Reference:
             logits = self.controller.model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits
         return logits[0, :-1].float().log_softmax(-1)
 
+    @torch.no_grad()
     def sparse_layers(self, prompt: Sequence[int]) -> list[int]:
         """Layers that the router runs sparse."""
-        use_full = self.controller.route([torch.tensor(prompt)]).use_full[:, 0]
+        ids = torch.tensor(prompt)
+        if self.controller.config.router_input == "inline":
+            self.controller.model(ids[None], use_cache=False)
+            route = self.controller.last_route
+        else:
+            route = self.controller.route([ids])
+        assert route is not None
+        use_full = route.use_full[:, 0]
         return [layer for layer, full in enumerate(use_full.tolist()) if not full]
 
 
 def smollm2() -> Reference:
     model, tokenizer = load_backbone("smollm2")
-    return Reference(str(converted_folder()), "smollm2-135m-instruct", attach(model, "smollm2-135m-instruct"), tokenizer)
+    return Reference(
+        str(converted_folder()), "smollm2-135m-instruct", attach(model, "smollm2-135m-instruct"), tokenizer
+    )
 
 
 def tiny(family: str, folder: Path, seed: int = 0) -> Reference:
@@ -214,7 +232,7 @@ def scheduler(llm: Any) -> Any:
 
 
 def mixed_asks(reference: Reference, text_ids: Sequence[int], lengths: Sequence[int], tokens: int = 8) -> list[Ask]:
-    """Requests of every kind: the router's choice, a dial, dense, all sparse, lists; each on its own stretch of text."""
+    """Requests of every kind: the router's choice, a dial, dense, sparse, lists; each on its own stretch of text."""
     layers = reference.layers
     kinds: list[dict[str, Any]] = [
         {},
@@ -224,7 +242,7 @@ def mixed_asks(reference: Reference, text_ids: Sequence[int], lengths: Sequence[
         {},
         {"flux_policy": "sparse"},
         {"flux_min_sparsity": 0.9},
-        {"flux_policy": f"interleaved:{0.75}"},
+        {"flux_policy": "interleaved:0.75"},
     ]
     asks = []
     for i, length in enumerate(lengths):
@@ -235,5 +253,11 @@ def mixed_asks(reference: Reference, text_ids: Sequence[int], lengths: Sequence[
     return asks
 
 
-def read_adapter(reference: Reference) -> Any:
-    return load_adapter(reference.adapter)
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    """Tokens of the tiny model's vocabulary."""
+    return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def preemptions(llm: Any) -> list[int]:
+    """Preemptions that the engine counted."""
+    return [int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]

@@ -54,6 +54,7 @@ def on_request_validation(check: Callable[[Any, Any], None]) -> None:
     A ValueError from it reaches only the caller of that request: an exception of `LLM.generate`, an HTTP 400 of the
     server. vLLM has a hook for custom logits processors here, but that one does not get the engine's configuration.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor._validate_params
@@ -62,7 +63,11 @@ def on_request_validation(check: Callable[[Any, Any], None]) -> None:
 
     def validate(self: Any, params: Any, supported_tasks: Any) -> None:
         original(self, params, supported_tasks)
-        check(self.vllm_config, params)
+        try:
+            check(self.vllm_config, params)
+        except ValueError as error:
+            # The server answers a bare ValueError with 400 up to 0.26, with 500 from 0.27 on.
+            raise VLLMValidationError(str(error)) from error
 
     validate._flux_attention = True  # type: ignore[attr-defined]
     InputProcessor._validate_params = validate

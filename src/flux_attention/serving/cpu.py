@@ -41,7 +41,7 @@ class RoutedCPUBuilder(CPUAttentionMetadataBuilder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if self.flux is None or self.flux.use_full(common_attn_metadata.num_reqs).all():
+        if self.flux is None or self.flux.is_dense(common_attn_metadata.num_reqs):
             return metadata
         plain = {f.name: getattr(metadata, f.name) for f in fields(CPUAttentionMetadata)}
         return RoutedCPUMetadata(**plain, builder=self)
@@ -77,8 +77,9 @@ class RoutedCPUBuilder(CPUAttentionMetadataBuilder):
             dynamic_causal=None,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+        whole: Any = metadata
         return replace(
-            metadata,
+            whole,
             query_start_loc=query_starts,
             seq_lens=lengths,
             block_table=torch.from_numpy(table),

@@ -6,7 +6,7 @@ Both are plain JSON values when they arrive, so everything is checked here, and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -76,12 +76,13 @@ class EngineOptions:
             if layers % self.kv_bundle:
                 raise _refuse("kv_bundle", f"a divisor of the model's {layers} routable layers", self.kv_bundle)
             size = self.kv_bundle
-            return tuple(tuple(range(first, first + size)) for first in range(0, layers, size))
+            return tuple(tuple(range(start, start + size)) for start in range(0, layers, size))
         lengths = {len(bundle) for bundle in self.kv_bundle}
         if len(lengths) != 1 or sorted(layer for bundle in self.kv_bundle for layer in bundle) != list(range(layers)):
             expected = f"lists of equal length that hold each of the layers 0 … {layers - 1} once"
             raise _refuse("kv_bundle", expected, self.kv_bundle)
-        return self.kv_bundle
+        # In the order in which they run.
+        return tuple(tuple(sorted(bundle)) for bundle in self.kv_bundle)
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,9 @@ class Deployment:
             )
         adapter = _load(options.adapter)
         config, model = adapter.config, vllm_config.model_config
-        if model.hf_text_config.model_type not in FAMILIES:
-            raise ValueError(f"model family {model.hf_text_config.model_type!r} is not served; {', '.join(FAMILIES)} are")
+        family = model.hf_text_config.model_type
+        if family not in FAMILIES:
+            raise ValueError(f"model family {family!r} is not served; {', '.join(FAMILIES)} are")
         layers = routable_layers(model.hf_text_config)
         found = describe_backbone(model.hf_config, layers)
         check_backbone(config, found)
@@ -200,16 +202,16 @@ class RequestOptions:
     """
 
     policy: Policy | None = None
-    dial: Dial = Dial()
+    dial: Dial = field(default_factory=Dial)
     report: bool = False
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None, layers: int, *, inline: bool = False) -> RequestOptions:
         """Read and check a request's options. Raises ValueError naming the option."""
         given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith("flux_")}
-        known = {"flux_policy", "flux_min_sparsity", "flux_max_sparsity", "flux_report", ROUTE_KEY}
-        if unknown := sorted(set(given) - known):
-            raise ValueError(f"unknown option {', '.join(unknown)}; known ones: {', '.join(sorted(known - {ROUTE_KEY}))}")
+        known = ("flux_max_sparsity", "flux_min_sparsity", "flux_policy", "flux_report")
+        if unknown := sorted(set(given) - {*known, ROUTE_KEY}):
+            raise ValueError(f"unknown option {', '.join(unknown)}; known ones: {', '.join(known)}")
         report = given.get("flux_report", False)
         if report not in (0, 1):
             raise ValueError(f"flux_report must be 0 or 1, got {report!r}")
@@ -232,6 +234,7 @@ class RequestOptions:
 
 
 # Where the scheduler puts a request's route for the workers: with the request's own parameters, which vLLM sends along.
+# A tuple of use_full per routable layer; () = the layers decide while they prefill.
 ROUTE_KEY = "flux_route"
 
 

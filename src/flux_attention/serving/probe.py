@@ -6,7 +6,7 @@ after q-norm) are what a layer hands to its rotary embedding, which a hook reads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ class Probe:
         self._model, self._vllm_config, self._device = model, vllm_config, device
         self._pool = deployment.config.pool_tokens
         decoder = model.model.layers  # type: ignore[union-attr]
-        self._attention = [decoder[index].self_attn for index in deployment.decoder_layers]  # type: ignore[index,union-attr]
+        self.attention = [decoder[index].self_attn for index in deployment.decoder_layers]  # type: ignore[index,union-attr]
         self._names = [layer.self_attn.attn.layer_name for layer in decoder]  # type: ignore[union-attr]
         self.router = load_router(deployment, device)
 
@@ -69,37 +69,46 @@ class Probe:
             set_forward_context(metadata, self._vllm_config, num_tokens=len(ids), slot_mapping={}, skip_compiled=True),
         ):
             self._model(input_ids=ids, positions=positions)
-        queries = torch.stack(pooled)
-        parts = get_tensor_model_parallel_world_size()
-        if parts > 1:
-            # Every rank pooled its own heads; the mean over all heads is the mean of the ranks' means.
-            queries = tensor_model_parallel_all_reduce(queries) / parts
-        scores: list[list[float]] = self.router.p_full(queries).T.tolist()
+        scores: list[list[float]] = self.router.p_full(mean_over_ranks(torch.stack(pooled))).T.tolist()
         return scores
 
     @contextmanager
     def _collecting(self, plan: PoolPlan) -> Iterator[list[Tensor]]:
         """Pooled queries `[S, D]` of the routable layers, in order, from the pass inside."""
         pooled: list[Tensor] = []
-        handles = []
-
-        def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Layers share one rotary module, which is why their own hooks say when to listen.
-            if listening:
-                attention = listening.pop()
-                query = args[1].view(args[1].shape[0], -1, attention.head_dim)
-                pooled.append(plan.mean(plan.gather(query)))
-
-        listening: list[Any] = []
-        for rotary in {id(a.rotary_emb): a.rotary_emb for a in self._attention}.values():
-            handles.append(rotary.register_forward_pre_hook(collect))
-        for attention in self._attention:
-            handles.append(attention.register_forward_pre_hook(lambda module, args: listening.append(module)))
+        handles = on_queries(self.attention, lambda layer, queries: pooled.append(plan.mean(plan.gather(queries))))
         try:
             yield pooled
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def on_queries(attention: Sequence[Any], see: Callable[[int, Tensor], None]) -> list[Any]:
+    """Call `see(layer, queries [N, Hq, D])` with the queries before RoPE of each attention module as it runs.
+
+    Returns the hooks' handles. Queries before RoPE are the second argument of the rotary embedding.
+    """
+    running: list[int] = []
+
+    def begin(layer: int) -> Callable[[Any, Any], None]:
+        return lambda module, args: running.append(layer)
+
+    def rotate(module: Any, args: tuple[Any, ...]) -> None:
+        if running:
+            layer = running.pop()
+            see(layer, args[1].view(args[1].shape[0], -1, attention[layer].head_dim))
+
+    # All layers share one rotary module, which is why their own hooks say whose queries come next.
+    rotary = {id(module.rotary_emb): module.rotary_emb for module in attention}.values()
+    handles = [module.register_forward_pre_hook(rotate) for module in rotary]
+    return handles + [module.register_forward_pre_hook(begin(i)) for i, module in enumerate(attention)]
+
+
+def mean_over_ranks(queries: Tensor) -> Tensor:
+    """Pooled queries of all heads, from each rank's pooled own ones; the same on every rank, bit for bit."""
+    parts = get_tensor_model_parallel_world_size()
+    return queries if parts == 1 else tensor_model_parallel_all_reduce(queries) / parts
 
 
 def load_router(deployment: Deployment, device: torch.device) -> LayerRouter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -29,7 +29,13 @@ SCORES = "flux_scores"
 """Attribute of a model runner output: `{request id: p_full of every routable layer}`."""
 
 
-class RoutedScheduling:
+if TYPE_CHECKING:
+    _Mixed = Any
+else:
+    _Mixed = object
+
+
+class RoutedScheduling(_Mixed):
     """What the plugin adds to vLLM's scheduler; a mix-in, because vLLM has two of them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,9 +64,10 @@ class RoutedScheduling:
 
     def _decide(self, request: Request, p_full: Sequence[float] | None = None) -> bool:
         """Give a request its route; False when it takes the router, whose scores `p_full` are not there yet."""
-        layers, prompt = self.flux.layers, request.prompt_token_ids or []
-        params = request.sampling_params
-        options = RequestOptions.of(None if params is None else params.extra_args, layers, inline=self.flux.inline)
+        layers, prompt, params = self.flux.layers, request.prompt_token_ids or [], request.sampling_params
+        if params is None:
+            return True  # embeds instead of generating: the model as it is
+        options = RequestOptions.of(params.extra_args, layers, inline=self.flux.inline)
         policy = options.policy
         if policy is None and len(prompt) <= self.flux.break_even:
             policy = Dense()
@@ -69,7 +76,8 @@ class RoutedScheduling:
         elif p_full is not None:
             route = Route.from_scores(torch.tensor(p_full)[:, None]).with_dial(options.dial)
         elif self.flux.inline:
-            return True  # the layers decide in the only pass over the prompt; no route until then
+            params.extra_args = {**(params.extra_args or {}), ROUTE_KEY: ()}
+            return True
         else:
             return False
         self._set_route(request, tuple(route.use_full[:, 0].tolist()))
@@ -78,13 +86,12 @@ class RoutedScheduling:
     def _set_route(self, request: Request, use_full: tuple[bool, ...]) -> None:
         self.flux_routes[request.request_id] = use_full
         self.flux_telemetry.routed(use_full)
-        if all(use_full):
-            return  # the model as it is: shares the prefix cache with every other dense request
-        # The request's own parameters travel to the workers with it, and come again when it resumes after preemption.
+        # The request's own parameters travel to the workers with it, and stay there while it is preempted.
         params = request.sampling_params
         params.extra_args = {**(params.extra_args or {}), ROUTE_KEY: use_full}
-        if self.kv_cache_manager.enable_caching:
+        if self.kv_cache_manager.enable_caching and not all(use_full):
             # Keys of a layer depend on the modes of all layers below: a block is of use to the same route only.
+            # Dense requests share theirs with requests that the plugin never saw.
             modes = "".join("01"[full] for full in use_full)
             request.cache_salt = f"{request.cache_salt or ''}|flux:{modes}"
             request.block_hashes = type(request.block_hashes)()
@@ -109,9 +116,12 @@ class RoutedScheduling:
         for request_id, p_full in getattr(model_runner_output, SCORES, {}).items():
             self._probing.discard(request_id)
             request = self._unrouted.pop(request_id, None)
-            if request is not None:  # else it was aborted meanwhile
+            if request is not None:
                 self._decide(request, p_full)
                 super()._enqueue_waiting_request(request)
+            elif self.flux.inline and request_id in self.requests:
+                self._decide(self.requests[request_id], p_full)
+            # Else it was aborted meanwhile.
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.flux_telemetry.steps += 1
         self.flux_telemetry.schedule_seconds += time.perf_counter() - started
@@ -161,9 +171,9 @@ class RoutedScheduling:
         if plain:
             settled = self._settled.get(request.request_id)
             computed = request.num_computed_tokens
-            if settled is not None and computed + num_new_tokens < settled[0]:
-                if (computed - request.num_in_flight_tokens) // self.block_size == settled[1]:
-                    return manager.empty_kv_cache_blocks
+            tile = (computed - request.num_in_flight_tokens) // self.block_size
+            if settled is not None and computed + num_new_tokens < settled[0] and tile == settled[1]:
+                return manager.empty_kv_cache_blocks
         blocks = self._allocate(request, num_new_tokens, *args, **kwargs)
         if plain and blocks is not None:
             size = self.block_size

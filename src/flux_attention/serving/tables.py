@@ -56,7 +56,9 @@ class VirtualBatch:
     gaps: NDArray[np.int64]
 
     @classmethod
-    def of(cls, starts: NDArray[np.integer], ends: NDArray[np.integer], sparse: NDArray[np.bool_], pattern: Pattern) -> VirtualBatch:
+    def of(
+        cls, starts: NDArray[np.integer], ends: NDArray[np.integer], sparse: NDArray[np.bool_], pattern: Pattern
+    ) -> VirtualBatch:
         """Cut the sparse rows' queries into tiles.
 
         Args:

@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
+from flux_attention.serving.batch import BatchRoutes, InlineRouting
 from flux_attention.serving.compat import check_version
 from flux_attention.serving.kv import RoutedSpec
-from flux_attention.serving.options import ROUTE_KEY, Deployment
+from flux_attention.serving.options import Deployment
 from flux_attention.serving.probe import Probe
 from flux_attention.serving.scheduler import PROBES, SCORES
 
-
-class BatchRoutes:
-    """Routes of the batch that a worker is about to run, in the batch's order."""
-
-    def __init__(self, runner: Any, deployment: Deployment) -> None:
-        self._runner = runner
-        self._dense = np.ones(deployment.layers, bool)
-        self._rows: NDArray[np.bool_] | None = None
-        self.layers = {index: routable for routable, index in enumerate(deployment.decoder_layers)}
-
-    def forget(self) -> None:
-        """A new step begins."""
-        self._rows = None
-
-    def use_full(self, rows: int) -> NDArray[np.bool_]:
-        """bool `[rows, L]`; rows that pad the batch are dense."""
-        if self._rows is None or len(self._rows) != rows:
-            ids = self._runner.input_batch.req_ids[:rows]
-            found = [self._route(request_id) for request_id in ids]
-            self._rows = np.stack([*found, *[self._dense] * (rows - len(found))]) if rows else self._dense[None][:0]
-        return self._rows
-
-    def _route(self, request_id: str) -> NDArray[np.bool_]:
-        request = self._runner.requests.get(request_id)
-        params = None if request is None else request.sampling_params
-        route = params.extra_args.get(ROUTE_KEY) if params is not None and params.extra_args else None
-        return self._dense if route is None else np.asarray(route, bool)
+if TYPE_CHECKING:
+    _Mixed = Any
+else:
+    _Mixed = object
 
 
-class RoutedWorker:
+class RoutedWorker(_Mixed):
     """What the plugin adds to vLLM's workers; a mix-in for the CPU's and the GPU's."""
 
     def init_device(self) -> None:
@@ -57,6 +33,7 @@ class RoutedWorker:
         super().load_model(*args, **kwargs)
         self._probe = Probe(self.model_runner.get_model(), self.vllm_config, self.flux, self.device)
         self._scores: dict[str, list[float]] = {}
+        self._inline: InlineRouting | None = None
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         specs = super().get_kv_cache_spec()
@@ -69,7 +46,9 @@ class RoutedWorker:
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
-        self._batch = BatchRoutes(self.model_runner, self.flux)
+        self._batch = BatchRoutes(self.model_runner, self.flux, self.device)
+        if self.flux.inline:
+            self._inline = InlineRouting(self._probe, self._batch, self.model_runner, self.flux.config.pool_tokens)
         for groups in self.model_runner.attn_groups:
             for group in groups:
                 group.get_metadata_builder().flux = self._batch
@@ -80,6 +59,8 @@ class RoutedWorker:
             self._scores.update(zip(probes, self._probe.scores(list(probes.values())), strict=True))
         self._batch.forget()
         output = super().execute_model(scheduler_output)
+        if self._inline is not None:
+            self._scores.update(self._inline.take())
         # None: the tokens are sampled, and the output made, by a call of its own.
         return output if output is None else self._with_scores(output)
 
