@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import FluxAttention, attach
 from flux_attention.models.backbones import converted_folder, load_backbone
 from flux_attention.route import Fixed, Route
+from flux_attention.serving.launch import engine_arguments
 
 # Read when vLLM is imported: no look-ups outside, the engine in this process, the runner that CPUs have.
 ENVIRONMENT = {
@@ -33,8 +35,6 @@ ENVIRONMENT = {
 os.environ.update(ENVIRONMENT)
 
 TOLERANCE = 1e-3
-SCHEDULER = "flux_attention.serving.scheduler.FluxScheduler"
-WORKER = "flux_attention.serving.worker.FluxWorker"
 TINY_CONFIG = FluxConfig(sink_tokens=32, window_tokens=64, block_tokens=32, pool_tokens=8)
 
 
@@ -90,7 +90,9 @@ def smollm2() -> Reference:
     )
 
 
-def tiny(family: str, folder: Path, seed: int = 0) -> Reference:
+def tiny(
+    family: str, folder: Path, seed: int = 0, *, head_dim: int = 32, config: FluxConfig = TINY_CONFIG
+) -> Reference:
     """A random model of four layers whose router is of many minds, saved with its adapter under `folder`."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -103,7 +105,7 @@ def tiny(family: str, folder: Path, seed: int = 0) -> Reference:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,
+        "head_dim": head_dim,
         "max_position_embeddings": 4096,
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -119,7 +121,7 @@ def tiny(family: str, folder: Path, seed: int = 0) -> Reference:
     backbone, adapter = folder / "backbone", folder / "adapter"
     model.save_pretrained(backbone)
     make_tokenizer().save_pretrained(backbone)
-    controller = attach(model, TINY_CONFIG)
+    controller = attach(model, config)
     router = controller.router
     with torch.no_grad():
         prompts = [torch.randint(3, 259, (200,)) for _ in range(16)]
@@ -145,7 +147,10 @@ class Engines:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def start(self, reference: Reference, *, flux: dict[str, Any] | None = None, **arguments: Any) -> Any:
+    def start(
+        self, reference: Reference, *, flux: dict[str, Any] | None = None, on_cpu: bool = True, **arguments: Any
+    ) -> Any:
+        """An engine of the plugin with `flux` options; `arguments` are vLLM's, over what suits small models."""
         from vllm import LLM
 
         self.stop()
@@ -157,9 +162,7 @@ class Engines:
             "seed": 0,
             "enable_prefix_caching": False,
             "disable_log_stats": False,
-            "scheduler_cls": SCHEDULER,
-            "worker_cls": WORKER,
-            "additional_config": {"flux": {"adapter": reference.adapter, **(flux or {})}},
+            **engine_arguments(reference.adapter, on_cpu=on_cpu, asynchronous=not on_cpu, flux=flux or {}),
         }
         self._llm = LLM(reference.folder, **{**defaults, **arguments})
         return self._llm
@@ -258,6 +261,44 @@ def mixed_asks(reference: Reference, text_ids: Sequence[int], lengths: Sequence[
 def random_ids(length: int, seed: int = 0) -> list[int]:
     """Tokens of the tiny model's vocabulary."""
     return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def random_traffic(llm: Any, requests: int, seed: int = 0) -> int:
+    """Random requests, some aborted at random moments, until none is left; returns how many were aborted.
+
+    Raises AssertionError where a request gets lost, or the plugin keeps something of one.
+    """
+    rng = random.Random(seed)
+    engine, state = llm.llm_engine, scheduler(llm)
+    policies = ["router", "dense", "sparse", "static:0,2", "random:0.5"]
+    live: list[str] = []
+    aborted = finished = held_back = 0
+
+    def step() -> int:
+        done = [output.request_id for output in engine.step() if output.finished]
+        live[:] = [name for name in live if name not in done]
+        return len(done)
+
+    for number in range(requests):
+        prompt = random_ids(rng.choice((3, 60, 97, 130, 260, 390)), seed=rng.randrange(40))
+        ask = Ask(tuple(prompt), (("flux_policy", rng.choice(policies)),), tokens=rng.randrange(1, 12))
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, ask.parameters())
+        live.append(str(number))
+        held_back += len(state._unrouted)
+        if rng.random() < 0.3:
+            engine.abort_request([live.pop(rng.randrange(len(live)))])
+            aborted += 1
+        if rng.random() < 0.7:
+            finished += step()
+    while engine.has_unfinished_requests():
+        finished += step()
+    engine.step()
+    assert finished + aborted == requests
+    # Else no abort can have met a request that waits for its route.
+    assert held_back > requests // 10
+    assert not state.flux_routes and not state._unrouted and not state._probing and not state._settled
+    assert not llm.llm_engine.model_executor.driver_worker.worker.model_runner.requests
+    return aborted
 
 
 def preemptions(llm: Any) -> list[int]:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from flux_attention.config import FluxConfig
 from flux_attention.route import Dial, Static
@@ -39,7 +40,10 @@ def test_virtual_sequences_see_what_the_mask_says(block_size):
         starts = np.where(rng.random(8) < 0.4, ends - 1, (ends * rng.random(8)).astype(int))
         sparse = rng.random(8) < 0.6
         batch = VirtualBatch.of(starts, ends, sparse, pattern)
-        table = batch.table(blocks, pattern)
+        tensors = batch.tensors(torch.from_numpy(blocks), pattern)
+        table = tensors.table.numpy()
+        assert tensors.lengths.tolist() == batch.lengths.tolist()
+        assert tensors.query_starts.tolist() == tensors.query_starts_cpu.tolist() == batch.query_starts.tolist()
         assert batch.query_starts[-1] == (ends - starts).sum()
         queries = [(row, t) for row in range(8) for t in range(starts[row], ends[row])]
         for v, row in enumerate(batch.rows):
@@ -95,7 +99,7 @@ for case in range(12):
     for layer in range(layers):
         real = lengths > 0
         batch = VirtualBatch.of(lengths - 1, lengths, sparse[layer], pattern)
-        expected = batch.table(blocks, pattern)
+        expected = batch.tensors(torch.from_numpy(blocks), pattern).table.numpy()
         for row in range(rows):
             n = int(batch.lengths[row]) if real[row] else 0
             count = -(-n // size)

@@ -35,6 +35,8 @@ def engine_arguments(adapter: str, *, on_cpu: bool, asynchronous: bool, flux: di
     }
     if not on_cpu:
         arguments["attention_backend"] = "CUSTOM"
+        # Rows of different routes have no prefix in common that one pass could serve.
+        arguments["disable_cascade_attn"] = True
     return arguments
 
 
@@ -54,7 +56,9 @@ def command_line(model: str, adapter: str, further: Sequence[str], *, on_cpu: bo
     if model == SMOLLM2 and "--served-model-name" not in names:
         line += ["--served-model-name", SMOLLM2]
     for name, value in arguments.items():
-        line += ["--" + name.replace("_", "-"), value if isinstance(value, str) else json.dumps(value)]
+        line.append("--" + name.replace("_", "-"))
+        if value is not True:
+            line.append(value if isinstance(value, str) else json.dumps(value))
     if "--block-size" not in names:
         line += ["--block-size", str(config.block_tokens)]
     return [*line, *further]

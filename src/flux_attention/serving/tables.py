@@ -13,7 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flux_attention.config import FluxConfig
 
@@ -80,16 +82,35 @@ class VirtualBatch:
         np.cumsum(q_end - q_start, out=query_starts[1:])
         return cls(query_starts, (q_end - dropped).astype(np.int32), rows, dropped // pattern.block_size)
 
-    def table(self, blocks: Ints, pattern: Pattern) -> Ints:
-        """Block numbers of every virtual sequence, int32 `[V, …]`; 0 (vLLM's null block) behind the last.
+    def tensors(self, blocks: Tensor, pattern: Pattern) -> VirtualTensors:
+        """The batch on the device of `blocks`, int32 `[R, W]`, the requests' own tables; gaps are not read."""
+        device, size, sinks = blocks.device, pattern.block_size, pattern.sink // pattern.block_size
+        count = len(self.rows)
+        host = torch.from_numpy(
+            np.concatenate([self.query_starts, self.lengths, self.rows, self.gaps]).astype(np.int32)
+        )
+        # One copy for all that the device needs to know.
+        packed = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        query_starts, lengths, rows, gaps = packed.split([count + 1, count, count, count])
+        column = torch.arange(-(-int(self.lengths.max(initial=1)) // size), dtype=torch.int32, device=device)
+        source = column + torch.where(column < sinks, 0, gaps[:, None])
+        # Behind a sequence's last block stands whatever is there: kernels stop at the length.
+        table = blocks[rows[:, None].long(), source.clamp_(max=blocks.shape[1] - 1).long()]
+        return VirtualTensors(query_starts, host[: count + 1], lengths, table)
 
-        Args:
-            blocks: int32 `[R, W]`, the requests' own block tables; what lies in a gap is not read.
-        """
-        size, sinks = pattern.block_size, pattern.sink // pattern.block_size
-        counts = (self.lengths + size - 1) // size
-        column = np.arange(int(counts.max(initial=1)))
-        source = column[None] + np.where(column[None] < sinks, 0, self.gaps[:, None])
-        held = column[None] < counts[:, None]
-        table = blocks[self.rows[:, None], np.where(held, source, 0)]
-        return np.where(held, table, 0).astype(np.int32)
+
+@dataclass(frozen=True)
+class VirtualTensors:
+    """A virtual batch as a paged kernel takes it.
+
+    Attributes:
+        query_starts: int32 `[V + 1]`.
+        query_starts_cpu: the same on the host.
+        lengths: int32 `[V]`.
+        table: int32 `[V, …]`.
+    """
+
+    query_starts: Tensor
+    query_starts_cpu: Tensor
+    lengths: Tensor
+    table: Tensor
