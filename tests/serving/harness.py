@@ -162,7 +162,9 @@ class Engines:
             "seed": 0,
             "enable_prefix_caching": False,
             "disable_log_stats": False,
-            **engine_arguments(reference.adapter, on_cpu=on_cpu, asynchronous=not on_cpu, flux=flux or {}),
+            **engine_arguments(
+                reference.adapter, on_cpu=on_cpu, asynchronous=not on_cpu, flux={"kv_bundle": 1, **(flux or {})}
+            ),
         }
         self._llm = LLM(reference.folder, **{**defaults, **arguments})
         return self._llm

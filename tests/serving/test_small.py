@@ -104,7 +104,9 @@ def test_bundles_of_layers(start, tiny, bundle):
     asks.append(Ask(tuple(random_ids(500)), (("flux_policy", "static:0,3"),), 4))
     outputs = generate(llm, asks)
     assert max(differences(tiny, asks, outputs)) < TOLERANCE
-    assert (outputs[-1].kv_transfer_params["flux"]["kv_saved"] > 0) == (bundle == [[0, 3], [1, 2]])
+    saves = any(set(group.kv_cache_spec.bundle) <= {0, 3} for group in groups)
+    assert (outputs[-1].kv_transfer_params["flux"]["kv_saved"] > 0) == saves
+    assert saves or bundle != [[0, 3], [1, 2]]
 
 
 def test_qwen3(start, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,12 @@ import torch
 
 from flux_attention.config import FluxConfig
 from flux_attention.route import Dial, Static
+from flux_attention.serving.bundles import by_rank, plan
 from flux_attention.serving.compat import UnsupportedVLLMError, check_version
 from flux_attention.serving.launch import command_line, engine_arguments
-from flux_attention.serving.options import Deployment, RequestOptions, check_request, probe_ends
+from flux_attention.serving.options import Deployment, EngineOptions, RequestOptions, check_request, probe_ends
 from flux_attention.serving.tables import Pattern, VirtualBatch
+from tests.unit.tiny_backbone import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = FluxConfig(sink_tokens=64, window_tokens=128, block_tokens=32)
@@ -85,6 +88,7 @@ warnings.simplefilter("ignore")
 interpreter.repair()
 from flux_attention.serving.compact_triton import compact_decode
 from flux_attention.serving.tables import Pattern, VirtualBatch
+from tests.unit.tiny_backbone import make_tokenizer
 rng, bad = np.random.default_rng(0), []
 for case in range(12):
     size = (32, 16)[case % 2]
@@ -170,7 +174,9 @@ ADAPTER = {"adapter": "smollm2-135m-instruct"}
 def test_a_deployment_knows_its_layers():
     found = Deployment.of(engine({**ADAPTER, "kv_bundle": 5, "break_even_tokens": 1000}))
     assert found.layers == 30 and not found.inline and found.break_even == 1000
-    assert found.options.bundles(30)[1] == (5, 6, 7, 8, 9)
+    assert found.options.bundle_size(30) == 5
+    sizes = {layers: EngineOptions(**ADAPTER).bundle_size(layers) for layers in (4, 6, 28, 30, 32, 36, 37)}
+    assert sizes == {4: 1, 6: 1, 28: 4, 30: 5, 32: 4, 36: 6, 37: 1}
     assert Deployment.of(engine({**ADAPTER, "break_even_tokens": 0})).break_even == 640
 
 
@@ -266,3 +272,33 @@ def test_a_server_gets_the_plugins_options():
     assert gpu["attention_backend"] == "CUSTOM" and gpu["scheduler_cls"].endswith("FluxAsyncScheduler")
     with pytest.raises(ValueError, match="--scheduler-cls"):
         command_line("some/model", ADAPTER["adapter"], ["--scheduler-cls=x"], on_cpu=True, flux={})
+
+
+# ---------------------------------------------------------------------------------------------------- bundles
+
+
+def test_layers_of_neighbouring_rank_share_a_bundle():
+    p_full = [[0.1, 0.9, 0.2, 0.8, 0.7, 0.1], [0.1, 0.9, 0.3, 0.7, 0.2, 0.2]]
+    assert by_rank(p_full, 2) == ((0, 5), (2, 4), (1, 3))
+    assert by_rank(p_full, 6) == (tuple(range(6)),)
+
+
+def test_bundles_are_asked_for_or_found():
+    def never(ends):
+        raise AssertionError("nothing is to be found")
+
+    options = EngineOptions(adapter="a", kv_bundle=[[3, 0], [1, 2]])
+    assert plan(options, 4, 100, None, never) == ((0, 3), (1, 2))
+    assert plan(replace(options, kv_bundle=1), 3, 100, None, never) == ((0,), (1,), (2,))
+    assert plan(replace(options, kv_bundle=4), 4, 100, None, never) == ((0, 1, 2, 3),)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        plan(replace(options, kv_bundle=2), 4, 100, None, never)
+    seen = []
+
+    def score(ends):
+        seen.extend(ends)
+        return [[0.9, 0.1, 0.8, 0.2]] * len(ends)
+
+    tokenizer = make_tokenizer()
+    assert plan(replace(options, kv_bundle=2), 4, 100, tokenizer, score) == ((1, 3), (0, 2))
+    assert len(seen) == 24 and all(len(ends) == 200 for ends in seen)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flux_attention.router import PoolPlan
+from flux_attention.serving.bundles import Bundles
 from flux_attention.serving.options import ROUTE_KEY, Deployment
 from flux_attention.serving.probe import Probe, mean_over_ranks, on_queries
 
@@ -23,7 +24,7 @@ class BatchRoutes:
         undecided: row and request id of prompts whose layers decide in this step.
     """
 
-    def __init__(self, runner: Any, deployment: Deployment, device: torch.device) -> None:
+    def __init__(self, runner: Any, deployment: Deployment, bundles: Bundles, device: torch.device) -> None:
         self._runner = runner
         self._dense = np.ones(deployment.layers, bool)
         self._rows: NDArray[np.bool_] | None = None
@@ -34,8 +35,8 @@ class BatchRoutes:
             config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0
         )
         # Bundles one after the other, so that each is a slice. Read by kernels in captured graphs: never reallocated.
-        self._bundles = deployment.options.bundles(deployment.layers)
-        self._order = [layer for bundle in self._bundles for layer in bundle]
+        self._bundles = bundles
+        self._order = [layer for bundle in bundles for layer in bundle]
         self._sparse = torch.zeros(deployment.layers, self.max_rows, dtype=torch.uint8, device=device)
         self._uploaded = b""
 

@@ -28,7 +28,9 @@ class EngineOptions:
         adapter: folder, shipped name or Hub id, as everywhere else.
         router_input: "probe" or "inline"; None takes the adapter's.
         kv_bundle: layers that share a KV-cache group, or the groups themselves as lists of routable layers (equal
-            lengths). A group gives blocks back for a request when all its layers run sparse for it.
+            lengths). A group gives blocks back for a request when all its layers run sparse for it, so a number
+            stands for bundles of layers that the router treats alike (`bundles`). 1 saves most; every group costs
+            the engine time at every step. None: as large as leaves six groups.
         break_even_tokens: prompts of at most this many tokens run dense without a probe; None takes sinks + window,
             below which both kinds of layer see the same keys.
         probe_batch: prompts that one engine step probes at most, 200 tokens each.
@@ -36,7 +38,7 @@ class EngineOptions:
 
     adapter: str
     router_input: RouterInput | None = None
-    kv_bundle: int | tuple[tuple[int, ...], ...] = 1
+    kv_bundle: int | tuple[tuple[int, ...], ...] | None = None
     break_even_tokens: int | None = None
     probe_batch: int = 8
 
@@ -47,7 +49,7 @@ class EngineOptions:
             raise _refuse("router_input", f"one of {', '.join(ROUTER_INPUTS)}", self.router_input)
         if isinstance(self.kv_bundle, (list, tuple)):
             object.__setattr__(self, "kv_bundle", tuple(map(tuple, self.kv_bundle)))
-        elif not _is_count(self.kv_bundle, 1):
+        elif self.kv_bundle is not None and not _is_count(self.kv_bundle, 1):
             raise _refuse("kv_bundle", "a number of layers or lists of layers", self.kv_bundle)
         if self.break_even_tokens is not None and not _is_count(self.break_even_tokens, 0):
             raise _refuse("break_even_tokens", "a number of tokens", self.break_even_tokens)
@@ -70,19 +72,21 @@ class EngineOptions:
             raise ValueError("flux.adapter is missing: name the adapter to route with")
         return cls(**found)
 
-    def bundles(self, layers: int) -> tuple[tuple[int, ...], ...]:
-        """Routable layers of each KV-cache group. Raises ValueError when they do not cover `layers` evenly."""
+    def bundle_size(self, layers: int) -> int:
+        """Layers of each KV-cache group. Raises ValueError when groups do not cover `layers` evenly."""
+        if self.kv_bundle is None:
+            return max(
+                size for size in range(1, layers + 1) if layers % size == 0 and (size == 1 or layers >= 6 * size)
+            )
         if isinstance(self.kv_bundle, int):
             if layers % self.kv_bundle:
                 raise _refuse("kv_bundle", f"a divisor of the model's {layers} routable layers", self.kv_bundle)
-            size = self.kv_bundle
-            return tuple(tuple(range(start, start + size)) for start in range(0, layers, size))
+            return self.kv_bundle
         lengths = {len(bundle) for bundle in self.kv_bundle}
         if len(lengths) != 1 or sorted(layer for bundle in self.kv_bundle for layer in bundle) != list(range(layers)):
             expected = f"lists of equal length that hold each of the layers 0 … {layers - 1} once"
             raise _refuse("kv_bundle", expected, self.kv_bundle)
-        # In the order in which they run.
-        return tuple(tuple(sorted(bundle)) for bundle in self.kv_bundle)
+        return lengths.pop()
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Deployment:
                 "streaming: paged kernels have no other mode"
             )
         deployment = cls(options, adapter, (options.router_input or config.router_input) == "inline", layers)
-        options.bundles(deployment.layers)
+        options.bundle_size(deployment.layers)
         _check_engine(vllm_config, deployment)
         return deployment
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from flux_attention.serving.batch import BatchRoutes, InlineRouting
+from flux_attention.serving.bundles import plan
 from flux_attention.serving.compat import check_version
 from flux_attention.serving.kv import RoutedSpec
 from flux_attention.serving.options import Deployment
@@ -34,11 +36,14 @@ class RoutedWorker(_Mixed):
         self._probe = Probe(self.model_runner.get_model(), self.vllm_config, self.flux, self.device)
         self._scores: dict[str, list[float]] = {}
         self._inline: InlineRouting | None = None
+        tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+        self._bundles = plan(
+            self.flux.options, self.flux.layers, self.flux.config.pool_tokens, tokenizer, self._probe.scores
+        )
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         specs = super().get_kv_cache_spec()
-        bundles = self.flux.options.bundles(self.flux.layers)
-        bundle_of = {self.flux.decoder_layers[layer]: bundle for bundle in bundles for layer in bundle}
+        bundle_of = {self.flux.decoder_layers[layer]: bundle for bundle in self._bundles for layer in bundle}
         return {
             name: RoutedSpec.wrap(spec, bundle_of[extract_layer_index(name)], self.flux.config)
             for name, spec in specs.items()
@@ -46,7 +51,7 @@ class RoutedWorker(_Mixed):
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
-        self._batch = BatchRoutes(self.model_runner, self.flux, self.device)
+        self._batch = BatchRoutes(self.model_runner, self.flux, self._bundles, self.device)
         if self.flux.inline:
             self._inline = InlineRouting(self._probe, self._batch, self.model_runner, self.flux.config.pool_tokens)
         for groups in self.model_runner.attn_groups:
