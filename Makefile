@@ -71,6 +71,9 @@ gpu-test: ## tests that need a CUDA device, with the current python3 and its pac
 bench: ## benchmarks on the current device, written to benchmarks/results
 	@PYTHONPATH=src $(PYTHON) benchmarks/kernels.py
 	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py
+	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py --sections sweep
+	@PYTHONPATH=src $(PYTHON) benchmarks/head_level.py
+	@PYTHONPATH=src $(PYTHON) benchmarks/plots.py
 
 train: $(STAMP) ## train the SmolLM2 router that the project ships
 	@$(BIN)/python recipes/smollm2.py

@@ -80,9 +80,29 @@ def consecutive_ms(step: Callable[[], Any], device: torch.device, steps: int) ->
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
+def graphed(run: Callable[[], Any]) -> Callable[[], None]:
+    """`run` as a replay of a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def label(n: int) -> str:
+    """131072 → 128k."""
+    return f"{n // 1024}k"
+
+
+def program_name(program: str, chosen: Sequence[str], every: Sequence[str]) -> str:
+    """Name of the results file: a run of some sections must not replace that of all."""
+    return program if set(chosen) == set(every) else "-".join((program, *chosen))
+
+
 @dataclass
 class Recorder:
-    """Figures of one section; every addition goes to the disk at once, so that a kill loses nothing."""
+    """Figures of one run; every addition goes to the disk at once, so that a kill loses nothing."""
 
     program: str
     device: torch.device
@@ -119,17 +139,14 @@ class Recorder:
             )
 
 
-def run_sections(
-    sections: Sequence[tuple[str, Callable[[Recorder], None]]],
-    make: Callable[[str], Recorder],
-) -> int:
+def run_sections(sections: Sequence[tuple[str, Callable[[Recorder], None]]], record: Recorder) -> int:
     """Run each section for itself: one that fails is reported, and the others still run. Returns the failures."""
     failures = 0
     for name, section in sections:
         print(f"{name}", flush=True)
         started = time.perf_counter()
         try:
-            section(make(name))
+            section(record)
         except Exception as error:
             import traceback
 

@@ -1,6 +1,6 @@
 """A whole 8B model (the shapes of Qwen3-8B, random weights) with dense and with routed attention.
 
-    python benchmarks/end_to_end.py [--sections memory,decode,routing,prefill] [--lengths 131072,262144] [--out DIR]
+    python benchmarks/end_to_end.py [--sections memory,decode,routing,prefill,sweep] [--lengths N,N] [--out DIR]
 
 Prefill speedups stand beside the speedup that the measured parts allow: linear work (a run whose attention does
 nothing), and the attention kernels of one layer of each kind, chunk by chunk. The routed model has 27 of its 36 layers
@@ -11,6 +11,7 @@ are checked first; when that fails, figures are written under names that begin w
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import gc
 import statistics
@@ -20,28 +21,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from common import Recorder, consecutive_ms, median_ms, once_ms, run_sections, sync
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from common import Recorder, consecutive_ms, label, median_ms, once_ms, program_name, run_sections, sync
+from model_8b import ForcedDensity, NoAttention, build, qwen3_8b, random_blocks, toy
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from flux_attention import generation
 from flux_attention.cache import FluxCache, PagePool
 from flux_attention.config import FluxConfig
-from flux_attention.kernels import paged_decode
-from flux_attention.kernels.api import Packing, block_sparse_attention, dense_attention, select_blocks
+from flux_attention.kernels.api import Packing, dense_attention
 from flux_attention.models.attach import FluxAttention, attach, detach
 from flux_attention.modes import Mode
-from flux_attention.route import Interleaved, PolicyContext, Route
+from flux_attention.route import Fixed, Interleaved, PolicyContext, Route
 from flux_attention.router import LayerRouter
 
 #: Memory a server of one 80 GB device has, and what it keeps free of weights and keys.
 DEVICE_BYTES, HEADROOM_BYTES = 80e9, 4e9
 #: Memory bandwidth that the roofline is drawn at, bytes a second.
 ROOFLINE = 3.0e12
-DENSITY = 0.25
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -59,6 +59,7 @@ class Setup:
     short: int
     steps: int
     budget: float
+    fuse: bool | None
     tiny: bool
     started: float = field(default_factory=time.perf_counter)
 
@@ -73,158 +74,13 @@ class Setup:
     def prompt(self, n: int) -> Tensor:
         return torch.randint(0, self.model.config.vocab_size, (n,), device=self.device)
 
+    def attach(self, config: FluxConfig) -> FluxAttention:
+        self.controller = attach(self.model, config, fuse=self.fuse)
+        return self.controller
+
     @property
     def graphs(self) -> bool:
         return self.device.type == "cuda"
-
-
-def build(config: Qwen3Config, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with random weights, made on the device itself: transformers' initialisation takes minutes."""
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(config)
-    model = model.to(dtype).to_empty(device=device).eval()
-    # Memory that was only reserved holds no rotary frequencies: they are computed anew, in float32.
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02)
-    return model.requires_grad_(False)
-
-
-def qwen3_8b(layers: int) -> Qwen3Config:
-    return Qwen3Config(
-        hidden_size=4096,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=12288,
-        vocab_size=151936,
-        max_position_embeddings=300000,
-        tie_word_embeddings=False,
-    )
-
-
-def toy() -> Qwen3Config:
-    return Qwen3Config(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        vocab_size=256,
-        max_position_embeddings=300000,
-        tie_word_embeddings=False,
-    )
-
-
-@contextmanager
-def fused(model: PreTrainedModel, how: str) -> Iterator[None]:
-    """Norms and MLPs compiled or replaced: the eager ones write every intermediate to memory."""
-    if how == "none":
-        yield
-        return
-    if how == "liger":
-        # Replaces methods of the instance for good; the process ends with it.
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
-
-        apply_liger_kernel_to_qwen3(
-            rope=False, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False, model=model
-        )
-        yield
-        return
-    compiled: dict[type[nn.Module], Callable[..., Tensor]] = {}
-    changed = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
-    for module in changed:
-        kind = type(module)
-        if kind not in compiled:
-            compiled[kind] = torch.compile(kind.forward, dynamic=None)
-        module.forward = functools.partial(compiled[kind], module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-# ------------------------------------------------------------------------------------------------ modes to measure with
-
-
-@dataclass(frozen=True)
-class NoAttention(Mode):
-    """Returns its queries: what is left of a prefill is the linear work."""
-
-    name = "none"
-
-    @classmethod
-    def from_config(cls, config: FluxConfig) -> Self:
-        return cls()
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packing: Packing,
-        prompt_ends: tuple[int, ...],
-        *,
-        scale: float,
-        impl: str = "auto",
-    ) -> Tensor:
-        return q
-
-
-@functools.lru_cache(maxsize=64)
-def random_blocks(heads: int, n_q: int, n_k: int, device: torch.device) -> Tensor:
-    """Random causal blocks for the last n_q of n_k query blocks, block 0 and the own one among them."""
-    own = torch.arange(n_k - n_q, n_k, device=device)[:, None]
-    j = torch.arange(n_k, device=device)
-    return ((torch.rand(heads, n_q, n_k, device=device) < DENSITY) | (j == own) | (j == 0)) & (j <= own)
-
-
-@dataclass(frozen=True)
-class ForcedDensity(Mode):
-    """XAttention that pays for its selection and then attends to random blocks: random weights have no structure."""
-
-    name = "forced_density"
-    config: FluxConfig
-
-    @classmethod
-    def from_config(cls, config: FluxConfig) -> Self:
-        return cls(config)
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packing: Packing,
-        prompt_ends: tuple[int, ...],
-        *,
-        scale: float,
-        impl: str = "auto",
-    ) -> Tensor:
-        block = self.config.block_tokens
-        select_blocks(
-            q,
-            k,
-            packing,
-            block=block,
-            stride=self.config.xattention_stride,
-            threshold=self.config.xattention_threshold,
-            scale=scale,
-        )
-        blocks = [
-            random_blocks(q.shape[1], -(-n_q // block), -(-n_k // block), q.device)
-            for n_q, n_k in zip(packing.q_lens, packing.k_lens, strict=True)
-        ]
-        return block_sparse_attention(q, k, v, packing, blocks, block=block, scale=scale, impl=impl)
 
 
 @contextmanager
@@ -238,10 +94,6 @@ def modes(controller: FluxAttention, full: Mode | None = None, sparse: Mode | No
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def label(n: int) -> str:
-    return f"{n // 1024}k"
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -282,31 +134,12 @@ def filled_cache(setup: Setup, route: Route, tokens: int, spare: int) -> FluxCac
     return cache
 
 
-def tune_decode(setup: Setup, cache: FluxCache) -> None:
-    """Launch configurations for the cache's two kinds of layers, from few candidates: each has to be compiled."""
-    if setup.device.type != "cuda":
-        return
-    config, controller = paged_decode.DecodeConfig, setup.controller
-    backbone, pool = controller.config.backbone, cache.pool
-    assert backbone is not None and pool is not None
-    configs = [config(s, b, warps=4, stages=t) for s in (256, 512, 1024) for b, t in ((64, 3), (128, 2))]
-    heads, dim = backbone.num_attention_heads, backbone.head_dim
-    q = torch.randn(cache.num_rows, heads, dim, dtype=pool.keys.dtype, device=setup.device)
-    seen = set()
-    for layer in range(setup.layers):
-        width = cache._width(layer)
-        if width not in seen:
-            seen.add(width)
-            # The model hands the kernel a view of the wide table, so the same view is tuned.
-            table, counts = cache.page_table[layer][:, :width], cache.key_counts[layer]
-            paged_decode.tune(q, pool.keys, pool.values, table, counts, scale=dim**-0.5, configs=configs)
-
-
 def step_ms(setup: Setup, route: Route, tokens: int) -> tuple[list[float], FluxCache]:
     """Milliseconds of decode steps of rows that hold `tokens` tokens, and the cache they left."""
     spare = setup.steps + 16
     cache = filled_cache(setup, route, tokens, spare)
-    tune_decode(setup, cache)
+    if setup.graphs:
+        generation.tune(setup.controller, cache)
     decoder = generation._Decoder(setup.controller, cache, setup.graphs)
     token = setup.prompt(route.num_sequences)
     for _ in range(3):
@@ -338,46 +171,63 @@ def make_pool(setup: Setup, route: Route, tokens: int) -> PagePool:
 
 
 def checks(setup: Setup, record: Recorder) -> None:
-    """The attached model against plain transformers, and replayed decode steps against eager ones."""
-    controller, model = setup.controller, setup.model
-    config = controller.config
+    """Prefill and decode steps against the plain model in a wider dtype, and replayed steps against eager ones."""
+    model, config, steps = setup.model, setup.controller.config, 4
     n = setup.short // 16 if not setup.tiny else 512
-    prompt = setup.prompt(n)
+    prompt, tokens = setup.prompt(n), [setup.prompt(1) for _ in range(steps)]
+    whole = torch.cat((prompt, *tokens))[None]
+    long = setup.prompt(setup.short)
     detach(model)
     try:
-        found = {}
-        for name in ("sdpa", "eager"):
-            model.config._attn_implementation = name
-            found[name] = model(input_ids=prompt[None], use_cache=False, logits_to_keep=1).logits[0, -1]
-        model.config._attn_implementation = "sdpa"
-        long = setup.prompt(setup.short)
+        theirs = model(input_ids=whole, use_cache=False, logits_to_keep=steps + 1).logits[0]
         for _ in range(2):
             baseline = once_ms(lambda: model.model(input_ids=long[None], use_cache=False), setup.device)
+        wide = copy.deepcopy(model).to(torch.float64 if theirs.dtype == torch.float32 else torch.float32)
+        truth = wide(input_ids=whole, use_cache=False, logits_to_keep=steps + 1).logits[0]
+        del wide
+        free(setup)
     finally:
-        setup.controller = controller = attach(model, config)
+        controller = setup.attach(config)
+    # As everywhere in the project: at most twice the error of the model's own code in the same dtype.
+    rounding = max(difference(a, b) for a, b in zip(theirs, truth, strict=True))
+    limit = max(2 * rounding, 1e-4)
     dense, q75 = setup.route(0.0), setup.route(0.75)
-    # Chunks, so that attention to the cache is part of what is compared.
-    logits = generation.prefill(controller, [prompt], new_cache(setup, dense, n), chunk_tokens=n // 2)[0]
-    error, rounding = difference(logits, found["sdpa"]), difference(found["eager"], found["sdpa"])
-    # Two right implementations differ by roundings; ours may differ from one of them by twice as much as the other.
-    limit = max(2 * rounding, 0.01 if logits.dtype == torch.bfloat16 else 1e-4)
-    record.note("dense_logits", {"difference": error, "eager_difference": rounding, "limit": limit, "tokens": n})
-    assert error <= limit, f"dense logits differ from transformers' by {error:.2e}, limit {limit:.2e}"
-    tokens = [setup.prompt(1) for _ in range(4)]
-    steps: dict[bool, list[Tensor]] = {}
-    for graph in (False, setup.graphs):
-        cache = new_cache(setup, q75, n + 8)
-        generation.prefill(controller, [prompt], cache, chunk_tokens=n // 2, max_new_tokens=8)
-        decoder = generation._Decoder(controller, cache, graph)
-        steps[graph] = [decoder.step(token).clone() for token in tokens]
-        del decoder
-    worst = max(difference(a, b) for a, b in zip(steps[False], steps[setup.graphs], strict=True))
+    found: dict[tuple[str, bool], list[Tensor]] = {}
+    for name, route in (("dense", dense), ("q75", q75)):
+        for graph in (False, setup.graphs):
+            # Chunks, so that attention to the cache is part of what is compared.
+            cache = new_cache(setup, route, n + 8)
+            first = generation.prefill(controller, [prompt], cache, chunk_tokens=n // 2, max_new_tokens=8)[0]
+            decoder = generation._Decoder(controller, cache, graph)
+            found[name, graph] = [first, *(decoder.step(token)[0].clone() for token in tokens)]
+            del decoder
+    errors = [difference(a, b) for a, b in zip(found["dense", setup.graphs], truth, strict=True)]
+    record.note("dense_logits", {"difference": max(errors), "transformers_difference": rounding, "tokens": n})
+    assert max(errors) <= limit, f"dense logits are {max(errors):.2e} from the exact ones, limit {limit:.2e}"
+    pairs = zip(found["q75", False], found["q75", setup.graphs], strict=True)
+    worst = max(difference(a, b) for a, b in pairs)
     record.note("graph_logits", {"difference": worst})
     assert worst <= limit, f"replayed logits differ from eager ones by {worst:.2e}, limit {limit:.2e}"
     pool = make_pool(setup, dense, setup.short)
     ours = min(prefill_ms(setup, dense, long, pool) for _ in range(2))
     record.note("prefill_short_ms", {"tokens": setup.short, "transformers_sdpa": baseline, "ours_dense": ours})
     record.add(f"prefill_dense_{label(setup.short)}_vs_transformers_sdpa", baseline / ours, "×")
+    generated(setup, record)
+
+
+def generated(setup: Setup, record: Recorder) -> None:
+    """`flux_attention.generate` against transformers' own generate on the attached model, under one route."""
+    controller, route = setup.controller, setup.route(0.75)
+    prompt, new = setup.prompt(setup.short // 16 if not setup.tiny else 512), 16
+    config = GenerationConfig(do_sample=False, eos_token_id=None, max_new_tokens=new, pad_token_id=0)
+    with controller.using(Fixed(route)):
+        theirs = setup.model.generate(prompt[None], generation_config=config)[0, -new:].tolist()
+    result = generation.generate(setup.model, prompt, generation_config=config, route=route, chunk_tokens=1024)
+    result.cache.clear()
+    same = next((i for i, (a, b) in enumerate(zip(result.tokens[0], theirs, strict=True)) if a != b), new)
+    # In half precision two right computations may part where two tokens are about equally likely.
+    record.note("generate_equals_transformers", {"tokens": new, "equal_up_to": same})
+    assert same == new or setup.device.type == "cuda", f"tokens differ from transformers' at {same}"
 
 
 def attention_ms(setup: Setup, n: int, mode: str, repetitions: int) -> float:
@@ -497,6 +347,20 @@ def decode(setup: Setup, record: Recorder) -> None:
             del cache
             free(setup)
         record.add(f"decode_speedup_{label(n)}_q75", median["dense"] / median["q75"], "×")
+    sparse_growth(setup, record)
+
+
+def sparse_growth(setup: Setup, record: Recorder) -> None:
+    """A row with every layer sparse: its step must cost the same whatever it has read."""
+    medians = []
+    for n in (setup.short // 4, *setup.lengths):
+        times, cache = step_ms(setup, setup.route(1.0), n)
+        medians.append(statistics.median(times))
+        record.note(f"decode_{label(n)}_sparse_ms", {"median": medians[-1], "min": min(times), "max": max(times)})
+        cache.clear()
+        del cache
+        free(setup)
+    record.add("decode_sparse_step_growth", medians[-1] / medians[0], "ratio")
 
 
 def memory(setup: Setup, record: Recorder) -> None:
@@ -547,7 +411,7 @@ def routing(setup: Setup, record: Recorder) -> None:
 
     detach(model)
     inline = FluxConfig(**{**vars(config), "backbone": None, "router_input": "inline"})
-    controller = attach(model, inline)
+    controller = setup.attach(inline)
     try:
         # Half of the layers sparse, by the router itself: both kinds of layers wait for a decision.
         bias_layers(controller.router)
@@ -564,7 +428,7 @@ def routing(setup: Setup, record: Recorder) -> None:
         _, route = once(None)
         once(route)
         pairs, inline_ms, static_ms = [], [], []
-        for i in range(7):
+        for i in range(11):
             # Turns change places, so that a drift of the clocks falls on both alike.
             if i % 2:
                 b, a = once(route)[0], once(None)[0]
@@ -584,7 +448,7 @@ def routing(setup: Setup, record: Recorder) -> None:
         record.add("routing_inline_ms", statistics.median(pairs), "ms", pairs)
     finally:
         detach(model)
-        setup.controller = attach(model, config)
+        setup.attach(config)
 
 
 def bias_layers(router: LayerRouter) -> None:
@@ -600,20 +464,67 @@ def make_pool_like(setup: Setup, controller: FluxAttention, tokens: int) -> Page
     return generation._exact_pool(controller, cache, route, [tokens])
 
 
+#: Shares of sparse layers that the sweep takes.
+SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9)
+
+
+def sweep(setup: Setup, record: Recorder) -> None:
+    """Speed against length, sparsity and batch size, for the figures; single repetitions of long prefills."""
+    lengths = setup.lengths if setup.tiny else (8192, 32768, 131072)
+    for n in lengths:
+        prompt, pool = setup.prompt(n), make_pool(setup, setup.route(0.0), n)
+        prefill_ms(setup, setup.route(0.5), prompt, pool)
+        for sparsity in SPARSITIES:
+            route = setup.route(sparsity)
+            times = [prefill_ms(setup, route, prompt, pool) for _ in range(3 if n <= 32768 else 1)]
+            record.add(f"sweep_prefill_{label(n)}_{percent(sparsity)}_ms", statistics.median(times), "ms", times)
+        del pool
+        free(setup)
+        for sparsity in SPARSITIES:
+            sweep_decode(setup, record, n, sparsity, 1)
+    for rows in (1, 2) if setup.tiny else (4, 16, 64):
+        for sparsity in (0.0, 0.75):
+            sweep_decode(setup, record, lengths[0], sparsity, rows)
+
+
+def sweep_decode(setup: Setup, record: Recorder, n: int, sparsity: float, rows: int) -> None:
+    one = make_pool(setup, setup.route(sparsity), n)
+    needed = rows * one.num_pages * one.page_bytes
+    del one
+    if not setup.tiny and needed > DEVICE_BYTES - weight_bytes(setup.model, read=False) - HEADROOM_BYTES:
+        return
+    times, cache = step_ms(setup, setup.route(sparsity, rows), n)
+    moved = weight_bytes(setup.model, read=True) + cache.memory().held
+    ms = statistics.median(times)
+    name = f"sweep_decode_{label(n)}_b{rows}_{percent(sparsity)}"
+    record.add(f"{name}_ms", ms, "ms")
+    record.add(f"{name}_of_roofline", moved / ROOFLINE / (ms / 1e3), "ratio")
+    cache.clear()
+    del cache
+    free(setup)
+
+
+def percent(sparsity: float) -> str:
+    return f"q{round(100 * sparsity)}"
+
+
 RUN: dict[str, Callable[[Setup, Recorder], None]] = {
     "checks": checks,
     "memory": memory,
     "decode": decode,
     "routing": routing,
     "prefill": prefill,
+    "sweep": sweep,
 }
+#: The sweep is for the plots and records none of the figures that the project holds itself to.
+DEFAULT = tuple(name for name in RUN if name != "sweep")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default=",".join(RUN))
+    parser.add_argument("--sections", default=",".join(DEFAULT), help=", ".join(RUN))
     parser.add_argument("--lengths", default="131072,262144", help="tokens, ascending")
-    parser.add_argument("--fuse", choices=("none", "compile", "liger"), default="none", help="norms and MLPs")
+    parser.add_argument("--no-fuse", action="store_true", help="leave the model's own norms, rotary embedding and MLPs")
     parser.add_argument("--budget", type=float, default=120, help="seconds for the repetitions of all prefills")
     parser.add_argument("--steps", type=int, default=30, help="decode steps that are timed")
     parser.add_argument("--layers", type=int, default=36, help="of the model; other than 36 writes no figures")
@@ -641,15 +552,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"model of {weight_bytes(model, read=False) / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s", flush=True
     )
+    # On a CPU fusing is not the default, but a toy run is to take the code of the real one.
+    fuse = False if options.no_fuse else (True if tiny else None)
     setup = Setup(
         device=device,
         model=model,
-        controller=attach(model, flux),
+        controller=attach(model, flux, fuse=fuse),
         lengths=lengths,
         chunk=1024 if tiny else 32768,
         short=2048 if tiny else 32768,
         steps=3 if tiny else options.steps,
         budget=options.budget,
+        fuse=fuse,
         tiny=tiny,
     )
     folder = options.out
@@ -662,20 +576,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "chunk_tokens": setup.chunk,
         "sink_tokens": flux.sink_tokens,
         "window_tokens": flux.window_tokens,
-        "fuse": options.fuse,
+        "fused": setup.controller.fusion is not None,
     }
-    prefix = ""
-
-    def recorder(name: str) -> Recorder:
-        return Recorder(f"end-to-end-{name}", device, settings, folder, options.commit, prefix)
+    name = program_name("end-to-end", chosen, DEFAULT)
+    record = Recorder(name, device, settings, folder, options.commit)
 
     def runs(names: Sequence[str]) -> list[tuple[str, Callable[[Recorder], None]]]:
         return [(name, functools.partial(RUN[name], setup)) for name in names]
 
-    with fused(model, options.fuse):
-        failures = run_sections(runs(["checks"]), recorder)
-        prefix = "unchecked_" if failures else ""
-        return failures + run_sections(runs([name for name in chosen if name != "checks"]), recorder)
+    # The checks come first, whatever was chosen: without them no figure keeps its name.
+    failures = run_sections(runs(["checks"]), record)
+    record.prefix = "unchecked_" if failures else ""
+    return failures + run_sections(runs([name for name in chosen if name != "checks"]), record)
 
 
 if __name__ == "__main__":

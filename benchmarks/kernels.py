@@ -9,7 +9,9 @@ reference in the same run, and a figure is written only when that comparison hol
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Recorder, interleaved_ms, median_ms, run_sections
+from common import ROOT, Recorder, graphed, interleaved_ms, label, median_ms, program_name, run_sections
 from tests.kernels import fuzz
 from torch import Tensor
 
@@ -111,10 +113,6 @@ def baseline(setup: Setup, q: Tensor, k: Tensor, v: Tensor, window: int | None =
     return api.dense_attention(q, k, v, whole(q.shape[0]), scale=setup.scale, impl="sdpa")
 
 
-def label(n: int) -> str:
-    return f"{n // 1024}k"
-
-
 # ------------------------------------------------------------------------------------------------ sections
 
 
@@ -171,7 +169,7 @@ def streaming(setup: Setup, record: Recorder) -> None:
             "fa4": lambda: baseline(setup, q, k, v, setup.sizes["window"]),
         },
         setup.device,
-        max(9, setup.repetitions),
+        max(15, setup.repetitions),
     )
     ours, theirs = (statistics.median(times[name]) for name in ("ours", "fa4"))
     record.note(f"streaming_{label(n)}", {"ours_ms": ours, "fa4_window_ms": theirs, "error_over_limit": quality})
@@ -202,9 +200,7 @@ def decode(setup: Setup, record: Recorder) -> None:
 
         config = None
         if setup.device.type == "cuda":
-            configs = paged_decode.candidates(q)
-            configs = [c for c in configs if c.warps == 4 and c.stages == 3] if setup.quick else configs
-            config = paged_decode.tune(*arguments, scale=setup.scale, configs=configs)
+            config = paged_decode.tune(*arguments, scale=setup.scale)
             replay = graphed(run)
         else:
             replay = run
@@ -224,16 +220,6 @@ def decode(setup: Setup, record: Recorder) -> None:
         if name == "b1":
             record.add(f"decode_{label(long)}_b1_tbps", rates["b1"], "TB/s")
     record.add(f"decode_{label(short)}_b8_mixed_vs_uniform", rates["b8_mixed"] / rates["b8_uniform"], "ratio")
-
-
-def graphed(run: Callable[[], Any]) -> Callable[[], None]:
-    """`run` as a replay of a CUDA graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def random_blocks(n: int, block: int, heads: int, density: float, device: torch.device) -> tuple[Tensor, float]:
@@ -278,28 +264,77 @@ def xattn(setup: Setup, record: Recorder) -> None:
     record.add(f"xattn_{label(n)}_time_over_density", ms["attend"] / ms["dense"] / density, "ratio")
 
 
+#: Processes a kernel's shapes are shared out to. Compilation takes most of the time, and a processor each.
+SHARES = 2
+
+
 def fuzzing(setup: Setup, record: Recorder) -> None:
     """Random shapes of every kernel against float64; the figure is the least number that any kernel passed."""
+    shares = {(op, i): -(-setup.fuzz_shapes // SHARES) for op in fuzz.OPS for i in range(SHARES)}
+    if setup.device.type == "cuda":
+        found = _in_processes(setup, shares)
+    else:
+        found = {share: fuzz_share(setup.device, *share, shapes) for share, shapes in shares.items()}
     passed: dict[str, int] = {}
     failed: list[str] = []
     for op in fuzz.OPS:
-        until = time.perf_counter() + setup.fuzz_seconds / len(fuzz.OPS)
-        passed[op], worst = 0, 0.0
-        for case in fuzz.fuzz(op, n_shapes=setup.fuzz_shapes, seed=0, device=str(setup.device)):
-            worst = max(worst, case.error / case.limit)
-            if case.ok:
-                passed[op] += 1
-            else:
-                failed.append(str(case))
-            if time.perf_counter() > until:
-                break
-        record.note(f"fuzz_{op}", {"passed": passed[op], "worst_error_over_limit": round(worst, 3)})
+        parts = [found[op, i] for i in range(SHARES)]
+        passed[op] = sum(part["passed"] for part in parts)
+        failed += [text for part in parts for text in part["failed"]]
+        worst = max(part["worst_error_over_limit"] for part in parts)
+        seconds = max(part["seconds"] for part in parts)
+        record.note(f"fuzz_{op}", {"passed": passed[op], "worst_error_over_limit": worst, "seconds": seconds})
     for case_text in failed[:10]:
         print(f"  {case_text}")
     assert not failed, f"{len(failed)} random shapes are over their limit"
     # A quick run must not replace the figure of a long one.
     name = "kernel_fuzz_shapes" if setup.fuzz_shapes >= 500 else "kernel_fuzz_shapes_quick"
     record.add(name, min(passed.values()), "shapes")
+
+
+def fuzz_share(device: torch.device, op: str, share: int, shapes: int) -> dict[str, Any]:
+    """One share of one kernel's shapes, over its share of the kinds of kernels that there are to compile."""
+    started, passed, worst = time.perf_counter(), 0, 0.0
+    failed: list[str] = []
+    kinds = None
+    if device.type == "cuda":
+        every = fuzz.WIDE_KINDS if op in ("select_blocks", "paged_decode") else fuzz.GPU_KINDS
+        kinds = every[share::SHARES]
+    for case in fuzz.fuzz(op, n_shapes=shapes, seed=share, device=str(device), kinds=kinds):
+        worst = max(worst, case.error / case.limit)
+        if case.ok:
+            passed += 1
+        else:
+            failed.append(str(case))
+    return {
+        "passed": passed,
+        "failed": failed,
+        # An infinity is no JSON.
+        "worst_error_over_limit": min(round(worst, 3), 1e9),
+        "seconds": round(time.perf_counter() - started),
+    }
+
+
+def _in_processes(setup: Setup, shares: dict[tuple[str, int], int]) -> dict[tuple[str, int], dict[str, Any]]:
+    """All shares at once, each in a process of its own. Raises AssertionError with the output of one that fails."""
+    running = {}
+    for (op, i), shapes in shares.items():
+        command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--fuzz-share", f"{op}:{i}:{shapes}"]
+        running[op, i] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = {}
+    until = time.perf_counter() + setup.fuzz_seconds
+    try:
+        for share, process in running.items():
+            try:
+                output, _ = process.communicate(timeout=max(1.0, until - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"fuzz {share}: not done within {setup.fuzz_seconds:.0f} s") from None
+            assert process.returncode == 0, f"fuzz {share}: {output[-1500:]}"
+            found[share] = json.loads(output.strip().splitlines()[-1])
+    finally:
+        for process in running.values():
+            process.kill()
+    return found
 
 
 RUN: dict[str, Callable[[Setup, Recorder], None]] = {
@@ -320,6 +355,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--fuzz", type=int, default=None, metavar="N", help="random shapes per kernel (500)")
     parser.add_argument("--fuzz-seconds", type=float, default=240, help="time for all random shapes together")
+    parser.add_argument("--fuzz-share", metavar="OP:SHARE:N", help="check one share, print it as JSON and end")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
     parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
     return parser.parse_args(arguments)
@@ -328,6 +364,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
+    if options.fuzz_share:
+        op, share, shapes = options.fuzz_share.split(":")
+        print(json.dumps(fuzz_share(device, op, int(share), int(shapes))))
+        return 0
     if device.type != "cuda" and not options.tiny:
         sys.exit("these shapes need a CUDA device; --tiny runs toy sizes anywhere")
     chosen = options.sections.split(",")
@@ -356,9 +396,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quick": setup.quick,
         **setup.sizes,
     }
+    name = program_name("kernels", chosen, SECTIONS)
     return run_sections(
         [(name, lambda record, f=RUN[name]: f(setup, record)) for name in chosen],
-        lambda name: Recorder(f"kernels-{name}", device, settings, folder, options.commit),
+        Recorder(name, device, settings, folder, options.commit),
     )
 
 

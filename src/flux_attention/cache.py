@@ -112,6 +112,16 @@ class MemoryReport:
         return self.held / self.dense if self.dense else 1.0
 
 
+def append_token(
+    k_pages: Tensor, v_pages: Tensor, page_table: Tensor, counts: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Put one token a row, `keys, values [B, Hk, D]`, behind its `counts[b]` keys; device work only."""
+    page, counts = k_pages.shape[1], counts.long()
+    slots = page_table.gather(1, (counts // page)[:, None])[:, 0].long() * page + counts % page
+    k_pages.flatten(0, 1)[slots] = keys
+    v_pages.flatten(0, 1)[slots] = values
+
+
 class _RoutedLayer(CacheLayerMixin):
     """A routable layer's place in the cache, as transformers sees it.
 
@@ -205,6 +215,8 @@ class FluxCache(Cache):
         self.lengths: list[int] = []
         """Real tokens per row."""
         self._pages: list[list[list[int]]] = []
+        self._published: list[list[list[int]]] = []
+        """The pages of each layer and row as the device's table has them."""
         self._dropped: list[list[int]] = []
         self.page_table = torch.zeros(0, dtype=torch.int32)
         """int32 `[L, B, max_pages]` on the pool's device: each layer's compacted page table."""
@@ -230,6 +242,7 @@ class FluxCache(Cache):
         self.set_route(route)
         self.lengths = [0] * rows
         self._pages = [[[] for _ in range(rows)] for _ in range(self.num_routable)]
+        self._published = [[[] for _ in range(rows)] for _ in range(self.num_routable)]
         self._dropped = [[0] * rows for _ in range(self.num_routable)]
         width = 1 if self._max_row_tokens is None else -(-self._max_row_tokens // self.page_tokens)
         device = self.pool.keys.device
@@ -327,7 +340,9 @@ class FluxCache(Cache):
             slots = self._slots(pages, first, last, sinks, dropped)
             self.pool.keys.flatten(0, 1)[slots] = keys[first - start : last - start]
             self.pool.values.flatten(0, 1)[slots] = values[first - start : last - start]
-        self._publish(layer, row, end)
+        lengths = self.lengths.copy()
+        lengths[row] = end
+        self._publish([(layer, row)], lengths)
 
     def _drop_before(self, layer: int, row: int, kept_from: int) -> int:
         """Give back the pages between the sinks and position `kept_from`; returns the pages this row has dropped."""
@@ -350,15 +365,35 @@ class FluxCache(Cache):
         position = torch.arange(first - shift, last - shift, device=device)
         return ids[position // page] * page + position % page
 
-    def _publish(self, layer: int, row: int, length: int) -> None:
-        """Bring the device's page table and key count in line with the host's."""
-        pages = self._pages[layer][row]
-        if len(pages) > self.page_table.shape[2]:
-            wider = self.page_table.new_zeros(*self.page_table.shape[:2], len(pages) + len(pages) // 4 + 1)
+    def _publish(self, changed: Sequence[tuple[int, int]], lengths: Sequence[int]) -> None:
+        """Bring the device's page tables and key counts in line with the host's, for (layer, row) pairs.
+
+        `lengths[row]` tokens, dropped ones included. A few copies to the device whatever the number of pairs.
+        """
+        widest = max(len(self._pages[layer][row]) for layer, row in changed)
+        if widest > self.page_table.shape[2]:
+            wider = self.page_table.new_zeros(*self.page_table.shape[:2], widest + widest // 4 + 1)
             wider[..., : self.page_table.shape[2]] = self.page_table
             self.page_table = wider
-        self.page_table[layer, row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        self.key_counts[layer, row] = length - self._dropped[layer][row] * self.page_tokens
+        rows, width = self.page_table.shape[1:]
+        slots: list[int] = []
+        pages: list[int] = []
+        counts: list[int] = []
+        for layer, row in changed:
+            held, known = self._pages[layer][row], self._published[layer][row]
+            # A row that keeps everything only gains pages: what the device has stays as it is.
+            same = len(known) if held[: len(known)] == known else 0
+            first = (layer * rows + row) * width
+            slots += range(first + same, first + len(held))
+            pages += held[same:]
+            counts.append(lengths[row] - self._dropped[layer][row] * self.page_tokens)
+            self._published[layer][row] = held.copy()
+        device = self.page_table.device
+        if slots:
+            at = torch.tensor(slots, device=device)
+            self.page_table.view(-1)[at] = torch.tensor(pages, dtype=torch.int32, device=device)
+        at = torch.tensor([layer * rows + row for layer, row in changed], device=device)
+        self.key_counts.view(-1)[at] = torch.tensor(counts, dtype=torch.int32, device=device)
 
     # ---------------------------------------------------------------- decode
 
@@ -380,21 +415,11 @@ class FluxCache(Cache):
                     self._drop_before(layer, row, self._kept_from(length))
                 if len(pages) * page <= length - self._dropped[layer][row] * page:
                     pages.extend(self.pool.allocate(1))
-                self._publish(layer, row, length)
+        self._publish([(layer, row) for layer in range(self.num_routable) for row in starting], self.lengths)
 
-    def append_one(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token per row, `[B, Hk, D]`, after `plan_decode`; device work only.
-
-        Returns:
-            this layer's page table `[B, max_pages]` and key counts `[B]`, the new token included.
-        """
-        assert self.pool is not None
-        table, counts = self.page_table[layer], self.key_counts[layer].long()
-        slots = table.gather(1, (counts // self.page_tokens)[:, None])[:, 0].long()
-        slots = slots * self.page_tokens + counts % self.page_tokens
-        self.pool.keys.flatten(0, 1)[slots] = keys
-        self.pool.values.flatten(0, 1)[slots] = values
-        return table[:, : self._width(layer)], self.key_counts[layer] + 1
+    def decode_table(self, layer: int) -> Tensor:
+        """This layer's page table, int32 `[B, pages]`, as wide as its longest row can need."""
+        return self.page_table[layer][:, : self._width(layer)]
 
     def _width(self, layer: int) -> int:
         """Pages that the longest row of this layer can hold: a layer that is sparse in every row needs few."""
@@ -448,9 +473,10 @@ class FluxCache(Cache):
         shape = (self.num_routable, len(source), self.page_table.shape[2])
         self.page_table = self.page_table.new_zeros(shape)
         self.key_counts = self.key_counts.new_zeros(shape[:2])
-        for layer_index in range(self.num_routable):
-            for row, length in enumerate(lengths):
-                self._publish(layer_index, row, length)
+        self._published = [[[] for _ in source] for _ in range(self.num_routable)]
+        every = [(layer, row) for layer in range(self.num_routable) for row in range(len(source))]
+        if every:
+            self._publish(every, lengths)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.num_rows).repeat_interleave(repeats))

@@ -24,6 +24,7 @@ from transformers.generation import (
 )
 
 from flux_attention.cache import FluxCache, MemoryReport, PagePool
+from flux_attention.kernels import paged_decode
 from flux_attention.models.attach import FluxAttention, Layout, attached
 from flux_attention.route import Fixed, PolicyContext, Route
 
@@ -109,6 +110,31 @@ def _check_config(config: GenerationConfig) -> None:
         value = getattr(config, name, None)
         if isinstance(value, list) or value not in neutral:
             raise ValueError(f"{name}={value!r} is not supported here; use the attached model's own generate() for it")
+
+
+#: Answers this long pay for timing launch configurations, once for each size of request.
+_TUNED_FROM = 64
+
+
+@torch.no_grad()
+def tune(controller: FluxAttention, cache: FluxCache) -> None:
+    """Find the fastest launch configurations for decoding the rows of a filled cache; CUDA only.
+
+    Results are kept for the process, by sizes up to the next power of two: a second request of about the same size
+    costs nothing here.
+    """
+    assert cache.pool is not None
+    backbone = controller.config.backbone
+    assert backbone is not None
+    pool, dim, widths = cache.pool, backbone.head_dim, set()
+    q = torch.randn(cache.num_rows, backbone.num_attention_heads, dim, dtype=pool.keys.dtype, device=controller.device)
+    for layer in range(len(controller.layers)):
+        table = cache.decode_table(layer)
+        if table.shape[1] not in widths:
+            widths.add(table.shape[1])
+            paged_decode.tune(q, pool.keys, pool.values, table, cache.key_counts[layer], scale=dim**-0.5)
+    if controller.fusion is not None and cache.num_rows == 1:
+        controller.fusion.tune()
 
 
 class _Decoder:
@@ -259,6 +285,7 @@ def generate(
     pool: PagePool | None = None,
     chunk_tokens: int = 32768,
     cuda_graph: bool | None = None,
+    tuned: bool | None = None,
     on_token: TokenCallback | None = None,
     generator: torch.Generator | None = None,
 ) -> Generation:
@@ -273,6 +300,8 @@ def generate(
         pool: KV pages to live in; None allocates exactly what the request needs.
         chunk_tokens: tokens of one prefill pass; bounds the activations, not the result.
         cuda_graph: replay decode steps as a graph; None = on CUDA.
+        tuned: time launch configurations before decoding a new size of request (`tune`); None = where decode steps
+            are replayed and at least 64 tokens may come.
         on_token: called with (row, token) as tokens become known (on CUDA one step late, so nothing waits).
         generator: of the sampling noise.
 
@@ -290,6 +319,9 @@ def generate(
     prompts = _prompts(input_ids, attention_mask)
     lengths = [prompt.numel() for prompt in prompts]
     _check_lengths(controller, lengths, limit)
+    graph = _use_graph(controller, cuda_graph)
+    if tuned and not graph:
+        raise ValueError("tuned=True needs decode steps that are replayed as a CUDA graph")
     sync = torch.cuda.synchronize if controller.device.type == "cuda" else (lambda: None)
 
     started = time.perf_counter()
@@ -323,7 +355,9 @@ def generate(
     assert cache.route is not None
     memory, route = cache.memory(), cache.route
 
-    tokens = _decode(controller, cache, prompts, logits, config, limit, cuda_graph, on_token, generator)
+    if graph and (limit >= _TUNED_FROM if tuned is None else tuned):
+        tune(controller, cache)
+    tokens = _decode(controller, cache, prompts, logits, config, limit, graph, on_token, generator)
     sync()
     return Generation(
         tokens,
@@ -372,6 +406,13 @@ def _padded_prefill(
     return logits
 
 
+def _use_graph(controller: FluxAttention, wanted: bool | None) -> bool:
+    able = controller.device.type == "cuda" and len(controller.layers) == controller.decoder.config.num_hidden_layers
+    if wanted and not able:
+        raise ValueError("cuda_graph=True needs a CUDA model whose attention layers are all routable")
+    return able if wanted is None else wanted
+
+
 def _decode(
     controller: FluxAttention,
     cache: FluxCache,
@@ -379,16 +420,13 @@ def _decode(
     logits: Tensor,
     config: GenerationConfig,
     limit: int,
-    cuda_graph: bool | None,
+    cuda_graph: bool,
     on_token: TokenCallback | None,
     generator: torch.Generator | None,
 ) -> list[list[int]]:
     rows, device = len(prompts), controller.device
     on_cuda = device.type == "cuda"
-    hybrid = len(controller.layers) < controller.decoder.config.num_hidden_layers
-    if cuda_graph and (not on_cuda or hybrid):
-        raise ValueError("cuda_graph=True needs a CUDA model whose attention layers are all routable")
-    decoder = _Decoder(controller, cache, on_cuda and not hybrid if cuda_graph is None else cuda_graph)
+    decoder = _Decoder(controller, cache, cuda_graph)
     processors = _processors(config)
     stop = config.eos_token_id
     stops = set() if stop is None else set(stop if isinstance(stop, list) else [stop])

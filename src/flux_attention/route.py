@@ -11,7 +11,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,6 +68,10 @@ class Route:
         index = torch.as_tensor(sequences, dtype=torch.long)
         return Route(self.use_full[:, index], None if self.p_full is None else self.p_full[:, index])
 
+    def column(self, sequence: int) -> str:
+        """One sequence's route in characters, a layer each, "1" = full."""
+        return "".join("1" if full else "0" for full in self.use_full[:, sequence].tolist())
+
     def with_dial(self, dial: Dial) -> Route:
         """This route moved into the sparsity range of `dial`, by the ranking of `p_full`.
 
@@ -96,6 +100,52 @@ class Route:
         if p_full is not None:
             p_full = torch.where(mask, p_full, otherwise.use_full.float())
         return Route(torch.where(mask, self.use_full, otherwise.use_full), p_full)
+
+
+@dataclass(frozen=True)
+class HeadRoute(Route):
+    """A route whose layers are split by KV head, as DuoAttention and Elastic Attention do.
+
+    Quality of prompts read at once can be measured with it; there is no cache for such layers. A layer counts as full
+    in `use_full` when any of its heads is; Ω counts heads.
+
+    Attributes:
+        heads: bool `[L, Hk, S]` on the CPU; True = full attention.
+    """
+
+    heads: Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads.dtype != torch.bool or self.heads.ndim != 3:
+            raise ValueError(
+                f"heads must be a bool tensor [layers, KV heads, sequences], got {self.heads.dtype} "
+                f"{tuple(self.heads.shape)}"
+            )
+
+    @classmethod
+    def of(cls, heads: Tensor) -> HeadRoute:
+        return cls(heads.any(1), heads=heads)
+
+    @property
+    def sparsity(self) -> Tensor:
+        """Ω per sequence: share of KV heads running sparse, float32 `[S]`."""
+        return 1 - self.heads.float().mean((0, 1))
+
+    def select(self, sequences: Sequence[int] | Tensor) -> HeadRoute:
+        return HeadRoute.of(self.heads[..., torch.as_tensor(sequences, dtype=torch.long)])
+
+    def column(self, sequence: int) -> str:
+        """One sequence's route in characters, a KV head each, layer by layer."""
+        return "".join("1" if full else "0" for full in self.heads[..., sequence].flatten().tolist())
+
+
+def parse_columns(columns: Sequence[str], layers: int) -> Route:
+    """The route that `Route.column` wrote, one text a sequence; longer texts than `layers` are of KV heads."""
+    if len({len(column) for column in columns}) != 1 or not columns[0] or len(columns[0]) % layers:
+        raise ValueError(f"routes need the same number of characters, a multiple of {layers}, got {columns!r}")
+    bits = torch.tensor([[c == "1" for c in column] for column in columns]).T
+    return Route(bits) if len(bits) == layers else HeadRoute.of(bits.unflatten(0, (layers, -1)))
 
 
 @dataclass(frozen=True)
@@ -137,6 +187,10 @@ Policy = Callable[[PolicyContext], Route]
 
 def _same_for_all(context: PolicyContext, use_full: Tensor) -> Route:
     return Route(use_full[:, None].expand(-1, len(context.prompts)).contiguous())
+
+
+def _digest(prompt: Tensor) -> int:
+    return zlib.crc32(prompt.to(torch.int64).contiguous().numpy().tobytes())
 
 
 def _sparse_count(sparsity: float, layers: int) -> int:
@@ -197,6 +251,23 @@ class Interleaved:
 
 
 @dataclass(frozen=True)
+class StaticHeads:
+    """The same sparse KV heads for every prompt, numbered layer by layer (head h of layer l is l·Hk + h)."""
+
+    sparse_heads: tuple[int, ...]
+    heads: int
+    """KV heads of a layer, Hk."""
+
+    def __call__(self, context: PolicyContext) -> HeadRoute:
+        full = torch.ones(context.layers * self.heads, dtype=torch.bool)
+        if self.sparse_heads and not 0 <= min(self.sparse_heads) <= max(self.sparse_heads) < len(full):
+            raise ValueError(f"static heads are numbered 0 … {len(full) - 1}, got {self.sparse_heads}")
+        full[list(self.sparse_heads)] = False
+        shape = (context.layers, self.heads, len(context.prompts))
+        return HeadRoute.of(full.view(context.layers, self.heads, 1).expand(shape).contiguous())
+
+
+@dataclass(frozen=True)
 class Random:
     """A random choice of layers per prompt; the same prompt and seed always give the same one."""
 
@@ -208,8 +279,7 @@ class Random:
         use_full = torch.ones(context.layers, len(context.prompts), dtype=torch.bool)
         for s, prompt in enumerate(context.prompts):
             # Seeded by the prompt itself, not by its place in the batch: a neighbour must not change a route.
-            digest = zlib.crc32(prompt.to(torch.int64).contiguous().numpy().tobytes())
-            chosen = random.Random(f"{self.seed}/{digest}").sample(range(context.layers), count)
+            chosen = random.Random(f"{self.seed}/{_digest(prompt)}").sample(range(context.layers), count)
             use_full[chosen, s] = False
         return Route(use_full)
 

@@ -71,7 +71,7 @@ class PoolPlan:
 
     def mean(self, queries: Tensor) -> Tensor:
         """`queries [S, K, H, D]` before RoPE → their mean over tokens and heads, float32 `[S, D]`."""
-        return torch.einsum("sk,skd->sd", self.weight, queries.float().mean(2))
+        return torch.einsum("sk,skd->sd", self.weight, queries.mean(2, dtype=torch.float32))
 
 
 def pool_queries(queries: Tensor, plan: PoolPlan) -> Tensor:

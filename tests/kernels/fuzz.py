@@ -10,7 +10,7 @@ output in half precision, and in float32, where the order of the sums decides, e
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,34 @@ from flux_attention.kernels.api import Packing
 AWKWARD = (1, 15, 16, 17, 63, 64, 65, 111, 127, 128, 129, 255, 257, 511, 640, 1000)
 #: (query heads, key heads)
 HEADS = ((1, 1), (2, 2), (3, 1), (4, 1), (6, 2), (8, 1), (8, 2), (9, 3))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kernel is compiled for: query and key heads, head dim, dtype."""
+
+    hq: int
+    hk: int
+    dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.hq}/{self.hk}x{self.dim} {str(self.dtype).removeprefix('torch.')}"
+
+
+#: Group sizes one to eight, both half dtypes. A kind costs seconds of compilation, a shape milliseconds.
+GPU_KINDS = (
+    Kind(9, 3, 64, torch.bfloat16),
+    Kind(8, 2, 128, torch.bfloat16),
+    Kind(5, 1, 128, torch.float16),
+    Kind(2, 2, 64, torch.float16),
+    Kind(4, 2, 128, torch.bfloat16),
+    Kind(6, 1, 64, torch.bfloat16),
+    Kind(7, 1, 128, torch.bfloat16),
+    Kind(8, 1, 128, torch.float16),
+)
+#: For the kernels that flash-attn-4 does not limit to head dim 128.
+WIDE_KINDS = (*GPU_KINDS[:-1], Kind(4, 2, 256, torch.bfloat16), GPU_KINDS[-1])
 
 
 @dataclass(frozen=True)
@@ -65,22 +93,24 @@ def fuzz(
     seed: int,
     device: str = "cpu",
     impl: str = "auto",
-    dtypes: tuple[torch.dtype, ...] | None = None,
-    head_dims: tuple[int, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    head_dims: tuple[int, ...] = (16, 64),
+    kinds: Sequence[Kind] | None = None,
     max_len: int = 1200,
 ) -> Iterator[Case]:
     """Check `n_shapes` random shapes of `op` (a key of `OPS`), one `Case` each; the same seed gives the same shapes.
 
-    `dtypes` and `head_dims` default to those of the device: on CUDA bfloat16 and float16, 64 and 128.
+    `kinds`: heads, head dims and dtypes to draw from; None = `GPU_KINDS` on CUDA, elsewhere all `HEADS` with
+    `head_dims` and `dtypes`. One sequence in twenty on CUDA has up to 5,000 tokens.
     """
-    cuda = torch.device(device).type == "cuda"
-    dtypes = dtypes or ((torch.bfloat16, torch.float16) if cuda else (torch.float32,))
-    head_dims = head_dims or ((64, 128) if cuda else (16, 64))
+    if kinds is None and torch.device(device).type == "cuda":
+        kinds = WIDE_KINDS if op in ("select_blocks", "paged_decode") else GPU_KINDS
     # Text seeds hash the same in every process.
     rng = random.Random(f"{op} {seed}")
     torch.manual_seed(seed)
     for _ in range(n_shapes):
-        yield OPS[op](rng, impl, device, rng.choice(dtypes), rng.choice(head_dims), max_len)
+        kind = rng.choice(kinds) if kinds else Kind(*rng.choice(HEADS), rng.choice(head_dims), rng.choice(dtypes))
+        yield OPS[op](rng, impl, device, kind, max_len)
 
 
 def summary(cases: Iterator[Case]) -> str:
@@ -93,23 +123,23 @@ def summary(cases: Iterator[Case]) -> str:
     )
 
 
-def random_packing(rng: random.Random, max_len: int, *, chunks: bool = True) -> Packing:
+def random_packing(rng: random.Random, max_len: int, device: str) -> Packing:
     """One to three sequences, whole or the last part of one."""
+    if torch.device(device).type == "cuda" and rng.random() < 0.05:
+        n = rng.randint(max_len, 5000)
+        return Packing((rng.choice((n, rng.randint(1, n))),), (n,))
     k_lens = [min(max_len, rng.choice((*AWKWARD, rng.randint(1, max_len)))) for _ in range(rng.randint(1, 3))]
     if rng.random() < 0.2:
         k_lens = k_lens[:1] * len(k_lens)
-    q_lens = [n if not chunks or rng.random() < 0.5 else rng.randint(1, n) for n in k_lens]
+    q_lens = [n if rng.random() < 0.5 else rng.randint(1, n) for n in k_lens]
     return Packing(tuple(q_lens), tuple(k_lens))
 
 
-def random_qkv(
-    rng: random.Random, packing: Packing, device: str, dtype: torch.dtype, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal values; key heads as `HEADS`."""
-    hq, hk = rng.choice(HEADS)
+def random_qkv(packing: Packing, device: str, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal values."""
     n, m = packing.totals
-    q = torch.randn(n, hq, dim, device=device).to(dtype)
-    k, v = (torch.randn(m, hk, dim, device=device).to(dtype) for _ in range(2))
+    q = torch.randn(n, kind.hq, kind.dim, device=device).to(kind.dtype)
+    k, v = (torch.randn(m, kind.hk, kind.dim, device=device).to(kind.dtype) for _ in range(2))
     return q, k, v
 
 
@@ -128,59 +158,59 @@ def _streaming_sizes(rng: random.Random, device: str) -> dict[str, int]:
     return {"block": block, "sink": block * rng.randint(0, 2), "window": block * rng.randint(0, 4)}
 
 
-def _dense(rng: random.Random, impl: str, device: str, dtype: torch.dtype, dim: int, max_len: int) -> Case:
-    packing = random_packing(rng, max_len)
-    tensors = random_qkv(rng, packing, device, dtype, dim)
-    shape = f"{packing} {[tuple(t.shape) for t in tensors]} {dtype}"
-    return compare("dense", impl, api.dense_attention, tensors, shape, packing=packing, scale=dim**-0.5)
+def _dense(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int) -> Case:
+    packing = random_packing(rng, max_len, device)
+    tensors = random_qkv(packing, device, kind)
+    shape = f"{packing} {kind}"
+    return compare("dense", impl, api.dense_attention, tensors, shape, packing=packing, scale=kind.dim**-0.5)
 
 
-def _streaming(rng: random.Random, impl: str, device: str, dtype: torch.dtype, dim: int, max_len: int) -> Case:
+def _streaming(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int) -> Case:
     sizes = _streaming_sizes(rng, device)
-    packing = random_packing(rng, max_len)
+    packing = random_packing(rng, max_len, device)
     gaps = []
     for start in packing.starts:
         most = max(0, start // sizes["block"] * sizes["block"] - sizes["window"] - sizes["sink"])
         gaps.append(rng.choice((0, most, rng.randint(0, most))))
     k_lens = tuple(n - g for n, g in zip(packing.k_lens, gaps, strict=True))
     packing = Packing(packing.q_lens, k_lens, tuple(gaps))
-    tensors = random_qkv(rng, packing, device, dtype, dim)
-    shape = f"{packing} {sizes} {[tuple(t.shape) for t in tensors]} {dtype}"
-    kwargs = {"packing": packing, "scale": dim**-0.5, **sizes}
+    tensors = random_qkv(packing, device, kind)
+    shape = f"{packing} {sizes} {kind}"
+    kwargs = {"packing": packing, "scale": kind.dim**-0.5, **sizes}
     return compare("streaming", impl, api.streaming_attention, tensors, shape, **kwargs)
 
 
-def _triangle(rng: random.Random, impl: str, device: str, dtype: torch.dtype, dim: int, max_len: int) -> Case:
+def _triangle(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int) -> Case:
     sizes = _streaming_sizes(rng, device)
-    packing = random_packing(rng, max_len)
-    tensors = random_qkv(rng, packing, device, dtype, dim)
+    packing = random_packing(rng, max_len, device)
+    tensors = random_qkv(packing, device, kind)
     dense_from = tuple(rng.choice((0, n, max(0, n - 128), rng.randint(0, n))) for n in packing.k_lens)
-    shape = f"{packing} {sizes} {dense_from} {[tuple(t.shape) for t in tensors]} {dtype}"
-    kwargs = {"packing": packing, "scale": dim**-0.5, "dense_from": dense_from, **sizes}
+    shape = f"{packing} {sizes} {dense_from} {kind}"
+    kwargs = {"packing": packing, "scale": kind.dim**-0.5, "dense_from": dense_from, **sizes}
     return compare("triangle", impl, api.triangle_attention, tensors, shape, **kwargs)
 
 
-def _block_sparse(rng: random.Random, impl: str, device: str, dtype: torch.dtype, dim: int, max_len: int) -> Case:
+def _block_sparse(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int) -> Case:
     block = 128 if torch.device(device).type == "cuda" else rng.choice((32, 128))
-    packing = random_packing(rng, max_len)
-    tensors = random_qkv(rng, packing, device, dtype, dim)
+    packing = random_packing(rng, max_len, device)
+    tensors = random_qkv(packing, device, kind)
     density = rng.random()
     blocks = []
     for start, n in zip(packing.starts, packing.k_lens, strict=True):
         n_k = -(-n // block)
         blocks.append(torch.rand(tensors[0].shape[1], n_k - start // block, n_k, device=device) < density)
-    shape = f"{packing} block {block} density {density:.2f} {[tuple(t.shape) for t in tensors]} {dtype}"
-    kwargs = {"packing": packing, "scale": dim**-0.5, "blocks": blocks, "block": block}
+    shape = f"{packing} block {block} density {density:.2f} {kind}"
+    kwargs = {"packing": packing, "scale": kind.dim**-0.5, "blocks": blocks, "block": block}
     return compare("block_sparse", impl, api.block_sparse_attention, tensors, shape, **kwargs)
 
 
-def _select(rng: random.Random, impl: str, device: str, dtype: torch.dtype, dim: int, max_len: int) -> Case:
+def _select(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int) -> Case:
     """The error of a choice is how far the mass it holds falls short of, or its smallest block lies below, the cut."""
-    packing = random_packing(rng, max_len)
-    q, k, _ = random_qkv(rng, packing, device, dtype, dim)
+    packing = random_packing(rng, max_len, device)
+    q, k, _ = random_qkv(packing, device, kind)
     block, stride = rng.choice(((128, 16), (128, 8), (64, 16), (128, 32)))
     threshold = rng.choice((0.3, 0.6, 0.9, 0.99))
-    sizes: dict[str, Any] = {"block": block, "stride": stride, "scale": dim**-0.5 * rng.choice((1, 4))}
+    sizes: dict[str, Any] = {"block": block, "stride": stride, "scale": kind.dim**-0.5 * rng.choice((1, 4))}
     chosen = api.select_blocks(q, k, packing, threshold=threshold, impl=impl, **sizes)
     error = 0.0
     for s in range(len(packing)):
@@ -188,7 +218,7 @@ def _select(rng: random.Random, impl: str, device: str, dtype: torch.dtype, dim:
         k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]].double()
         masses = reference.block_masses(q_s, k_s, packing.starts[s], **sizes)
         error = max(error, choice_error(masses, chosen[s], packing.starts[s] // block, threshold))
-    shape = f"{packing} {sizes} {threshold} {tuple(q.shape)} {tuple(k.shape)} {dtype}"
+    shape = f"{packing} {sizes} {threshold} {kind}"
     # Masses add up to `block / stride` a query block; products of float16 are summed in float32.
     return Case("select_blocks", impl, shape, error, 0.0, 1e-4)
 
@@ -219,19 +249,22 @@ def choice_error(masses: Tensor, chosen: Tensor, first: int, threshold: float) -
     return max(order_error.max().item(), short.max().item(), excess.max().item())
 
 
-def _paged_decode(rng: random.Random, impl: str, device: str, dtype: torch.dtype, dim: int, max_len: int) -> Case:
-    hq, hk = rng.choice(HEADS)
+def _paged_decode(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int) -> Case:
     page = rng.choice((16, 48, 64, 128))
     lens = [rng.choice((0, 1, page, rng.choice(AWKWARD), rng.randint(1, max_len))) for _ in range(rng.randint(1, 5))]
     lens = [min(n, max_len) for n in lens]
-    q, k_pages, v_pages, table, lengths = paged_input(lens, hq, hk, dim, page, dtype, device, spare=rng.randint(0, 3))
+    if torch.device(device).type == "cuda" and rng.random() < 0.05:
+        lens[0] = rng.randint(max_len, 5000)
+    q, k_pages, v_pages, table, lengths = paged_input(
+        lens, kind.hq, kind.hk, kind.dim, page, kind.dtype, device, spare=rng.randint(0, 3)
+    )
     poisoned = torch.full_like(q, float("nan"))
 
     def run(q: Tensor, k_pages: Tensor, v_pages: Tensor, *, impl: str) -> Tensor:
         out = poisoned.to(q.dtype).clone()
-        return api.paged_decode(q, k_pages, v_pages, table, lengths, scale=dim**-0.5, impl=impl, out=out)
+        return api.paged_decode(q, k_pages, v_pages, table, lengths, scale=kind.dim**-0.5, impl=impl, out=out)
 
-    shape = f"lens {lens} page {page} heads {hq}/{hk} dim {dim} {dtype}"
+    shape = f"lens {lens} page {page} {kind}"
     return compare("paged_decode", impl, run, (q, k_pages, v_pages), shape)
 
 

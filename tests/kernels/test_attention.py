@@ -135,3 +135,21 @@ def test_a_short_prompt_is_dense() -> None:
         api.streaming_attention(q, k, v, packing, scale=0.25, **STREAMING),
         api.dense_attention(q, k, v, packing, scale=0.25),
     )
+
+
+@pytest.mark.parametrize("lens", [(5, 17, 200, 33), (64, 64), (300, 3, 177), (0, 5, 120), (97,) * 70])
+def test_whole_prompts_share_calls(lens):
+    """Packed prompts without gaps take another way than chunks; and the padded rows that CUDA uses."""
+    generator = torch.Generator().manual_seed(0)
+    n = sum(lens)
+    q, k, v = (torch.randn(n, h, 16, generator=generator, dtype=torch.float64) for h in (6, 2, 2))
+    packing = Packing(lens, lens)
+    for sink, window in ((16, 32), (0, 16), (16, 0)):
+        sizes = {"sink": sink, "window": window, "block": 16, "scale": 0.25}
+        expected = api.streaming_attention(q, k, v, packing, **sizes, impl="reference")
+        found = api.streaming_attention(q, k, v, packing, **sizes, impl="sdpa")
+        assert (found - expected).abs().max() < 1e-12
+    inside, to = dense._padded_rows(lens, q.device)
+    rows = dense._causal(*(t[inside].transpose(1, 2) for t in (q, k, v)), 0.25).transpose(1, 2).flatten(0, 1)
+    found = q.new_zeros(n + 1, 6, 16).index_copy(0, to, rows)[:-1]
+    assert (found - api.dense_attention(q, k, v, packing, scale=0.25, impl="reference")).abs().max() < 1e-12

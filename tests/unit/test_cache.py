@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from flux_attention.cache import FluxCache, PagePool, PoolExhaustedError
+from flux_attention.cache import FluxCache, PagePool, PoolExhaustedError, append_token
 from flux_attention.config import FluxConfig
 from flux_attention.route import Route
 
@@ -74,8 +74,10 @@ def test_random_life_of_rows(seed):
             cache.plan_decode()
             for layer in range(2):
                 new = torch.stack([keys[layer][row][cache.lengths[row]] for row in range(3)])
-                table, counts = cache.append_one(layer, new, -new)
-                assert counts.tolist() == [cache.keys_held(layer, row) + 1 for row in range(3)]
+                assert cache.pool is not None
+                table, counts = cache.decode_table(layer), cache.key_counts[layer]
+                append_token(cache.pool.keys, cache.pool.values, table, counts, new, -new)
+                assert counts.tolist() == [cache.keys_held(layer, row) for row in range(3)]
                 assert table.shape[0] == 3
             cache.advance(1, [1] * 3, decoded=True)
         # After a plan the pages match the length; a row exactly at a page's end drops its page with the next token.

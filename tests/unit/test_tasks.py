@@ -257,3 +257,20 @@ def test_math_problems(tmp_path, tokenizer):
     path.write_text('{"question": "a?"}\n')
     with pytest.raises(ValueError, match=r"row 1: field 'answer'"):
         make_sample(task.__class__(name="g", kind="gsm8k", path=str(path), shots=0), 0, 400, 0, "test", tokenizer)
+
+
+def test_plain_prompts_begin_as_the_tokenizer_begins_texts():
+    from flux_attention.data.prompt import chat_text
+
+    class Plain:
+        chat_template = None
+        bos_token, bos_token_id = "<s>", 7
+
+        def __init__(self, adds):
+            self.adds = adds
+
+        def __call__(self, text):
+            return {"input_ids": [7, 1] if self.adds else [1]}
+
+    assert chat_text(Plain(True), "question", "answer") == "<s>question\nanswer"
+    assert chat_text(Plain(False), "question", "answer") == "question\nanswer"

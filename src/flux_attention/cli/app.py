@@ -309,42 +309,86 @@ def board(
     tasks: Annotated[str, typer.Option("--tasks", help="Names with commas between them, or mixed.")] = "mixed",
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens of the samples.")] = "4096,8000",
     samples: Annotated[int, typer.Option("--samples", "-n", help="Samples per task and length.")] = 200,
+    policies: Annotated[
+        str, typer.Option("--policies", help="Names with commas between them, or all; an unknown one lists them.")
+    ] = "all",
+    weak_samples: Annotated[
+        int, typer.Option("--weak-samples", help="Samples per task and length for weak baselines and curves.")
+    ] = 50,
+    dial: Annotated[
+        str, typer.Option("--dial", help="Ω that the first adapter's dial is set to, such as 0.5,0.7,0.9: a curve.")
+    ] = "",
+    other: Annotated[
+        list[str] | None, typer.Option("--other", help="An adapter with a line of its own, trained for one target say.")
+    ] = None,
     sparsities: Annotated[
-        str, typer.Option("--sparsities", help="Ω of the curves, such as 0.5,0.7,0.9; by default only the router's.")
+        str, typer.Option("--sparsities", help="Further Ω of the static splits; by default only the router's.")
     ] = "",
     calibration: Annotated[
         int, typer.Option("--calibration", help="Samples per training task that static splits are chosen on.")
-    ] = 4,
-    calibration_length: Annotated[int, typer.Option("--calibration-length", help="Their tokens.")] = 4096,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Samples packed into one pass.")] = 1,
+    ] = 2,
+    calibration_length: Annotated[int, typer.Option("--calibration-length", help="Their tokens.")] = 3072,
+    head_steps: Annotated[int, typer.Option("--head-steps", help="Training steps of the head-level baselines.")] = 80,
+    head_samples: Annotated[
+        int, typer.Option("--head-samples", help="Their training samples per task and length.")
+    ] = 16,
+    head_lengths: Annotated[
+        str, typer.Option("--head-lengths", help="Tokens of their training samples.")
+    ] = "2048,3072",
+    batch_tokens: Annotated[
+        int | None, typer.Option("--batch-tokens", "-b", help="Tokens of one pass; by default 131072 on a GPU.")
+    ] = None,
+    impl: Annotated[str, typer.Option("--impl", help="Prefill kernels: auto, sdpa, flash4 or flex.")] = "auto",
     seed: Seed = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder; an interrupted board goes on in it.")] = Path(
         "runs/board"
     ),
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only make the samples, which needs no GPU.")] = False,
+    minutes: Annotated[float, typer.Option("--minutes", help="Stop after this time; 0 = never.")] = 0.0,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Processes that make samples; by default one a core, 16 at most.")
+    ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
     record: Record = False,
     commit: Commit = None,
 ) -> None:
     """Put the router beside dense and every baseline: tables, figures and HTML, with 95 % intervals. Resumable."""
-    from flux_attention.cli.board import run
-    from flux_attention.evaluation.board import MIXED, BoardConfig
+    import os
 
+    from flux_attention.cli.board import run
+    from flux_attention.cli.session import choose_device
+    from flux_attention.evaluation.board import MIXED, BoardConfig
+    from flux_attention.evaluation.entrants import POLICIES
+    from flux_attention.training.heads import HeadTraining
+
+    on_gpu = choose_device(device).type == "cuda"
     config = BoardConfig(
         tasks=MIXED if tasks == "mixed" else tuple(tasks.split(",")),
         lengths=_numbers("--lengths", lengths, int),
         samples=samples,
         seed=seed,
+        policies=tuple(POLICIES) if policies == "all" else tuple(policies.split(",")),
+        weak_samples=min(weak_samples, samples),
+        dial=_numbers("--dial", dial, float),
         sparsities=_numbers("--sparsities", sparsities, float),
         calibration=calibration,
         calibration_length=calibration_length,
-        batch_size=batch_size,
+        heads=HeadTraining(steps=head_steps),
+        head_samples=head_samples,
+        head_lengths=_numbers("--head-lengths", head_lengths, int),
+        batch_tokens=batch_tokens or (131072 if on_gpu else 8192),
+        impl=impl,
+        workers=workers or min(16, os.cpu_count() or 1),
+        minutes=minutes,
     )
     run(
         config,
         model,
         adapter or [],
         out,
+        others=other or [],
+        only_prepare=prepare,
         device=device,
         dtype=dtype,
         record=record,
@@ -352,6 +396,17 @@ def board(
         console=_console(),
         notes=_console(stderr=True),
     )
+
+
+@app.command(
+    name="lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness, which knows `--model flux` here; its own options follow."""
+    from flux_attention.cli.harness import run
+
+    run(context.args)
 
 
 @app.command()
@@ -506,7 +561,7 @@ def _open(
 
 
 # Names, so that no optional package is imported to compare with.
-_EXPECTED = ("PoolExhaustedError", "OutOfMemoryError", "UnsupportedVLLMError")
+_EXPECTED = ("PoolExhaustedError", "OutOfMemoryError", "UnfinishedError", "UnsupportedVLLMError")
 
 
 def main(arguments: list[str] | None = None) -> None:

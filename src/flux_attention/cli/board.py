@@ -10,9 +10,11 @@ from rich.console import Console
 
 from flux_attention.cli.session import Bars, choose_device, choose_dtype, find_adapter, quiet
 from flux_attention.cli.terminal import print_table
-from flux_attention.evaluation.board import Board, BoardConfig, Outcome, Row, run_board
+from flux_attention.evaluation.board import Board, BoardConfig, prepare, run_board
+from flux_attention.evaluation.entrants import POLICIES
 from flux_attention.evaluation.metrics import Estimate
 from flux_attention.evaluation.results import environment, write_json, write_results
+from flux_attention.evaluation.summary import Row, Summary, summarise
 from flux_attention.models.adapter import load_adapter
 from flux_attention.models.backbones import load_backbone
 from flux_attention.report import Point, RouteRow, Section, Table, pareto, render, route_heat_map, save_png, svg
@@ -24,24 +26,35 @@ def run(
     adapters: list[str],
     folder: Path,
     *,
+    others: list[str],
+    only_prepare: bool,
     device: str,
     dtype: str,
     record: bool,
     commit: str | None,
     console: Console,
     notes: Console,
-) -> Outcome:
-    """Run, print and write `folder/board.{json,md,html}` and the figures as PNG."""
+) -> Summary | None:
+    """Run, print and write `folder/board.{json,md,html}` and the figures as PNG; None when it only prepares."""
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     loaded = [load_adapter(name) for name in adapters]
+    further = {Path(name).name: load_adapter(name) for name in others}
     quiet()
     with notes.status("loading"):
-        backbone, tokenizer = load_backbone(model, dtype=kind, device=where)
+        # Samples are made by forked processes, so the model stays off the GPU until they are there.
+        backbone, tokenizer = load_backbone(model, dtype=kind)
         if not loaded:
             loaded = [find_adapter(backbone)]
     with Bars(notes) as bars:
-        outcome = run_board(Board(backbone, tokenizer, loaded, config, folder, progress=bars))
+        prepare(config, tokenizer, folder, bars)
+        if only_prepare:
+            notes.print(f"samples: [bold]{folder}[/bold]")
+            return None
+        backbone.to(where)
+        board = Board(backbone, tokenizer, loaded, config, folder, bars, further)
+        run_ = run_board(board)
+    outcome = summarise(run_)
     table = summary(outcome.rows)
     print_table(console, table, f"board: mean Ω of the router {outcome.omega:.2f}")
     for figure in outcome.figures:
@@ -50,7 +63,7 @@ def run(
         "backbone": str(backbone.config.name_or_path),
         "adapters": [adapter.source for adapter in loaded],
         "dtype": str(kind).removeprefix("torch."),
-        "n": config.samples,
+        "n": config.samples * len(config.lengths),
         "repetitions": len(loaded),
         **asdict(config),
     }
@@ -60,6 +73,8 @@ def run(
         "routes": {task: [round(x, 4) for x in shares] for task, shares in outcome.routes.items()},
     }
     known = environment(where)
+    if commit is not None:
+        known["commit"] = commit
     figures = [figure.to_dict() for figure in outcome.figures]
     write_json(folder / "board.json", {**known, "settings": settings, "figures": figures, **details})
     (folder / "board.md").write_text(markdown(outcome, table), encoding="utf-8")
@@ -98,26 +113,39 @@ def summary(rows: tuple[Row, ...]) -> Table:
             _cell(row.holistic),
             _cell(row.nll_ratio),
             _points(row.margin),
+            str(row.samples),
         )
         for row in ordered
     ]
-    head = ("", "Ω", "KV bytes", "macro", "retrieval", "holistic", "NLL vs dense", "router leads at its Ω (points)")
+    head = (
+        "",
+        "Ω",
+        "KV bytes",
+        "macro",
+        "retrieval",
+        "holistic",
+        "NLL vs dense",
+        "router leads at its Ω (points)",
+        "n",
+    )
     return Table(head, lines, next(i for i, row in enumerate(ordered) if row.family == "router"))
 
 
 def by_task(rows: tuple[Row, ...]) -> Table:
-    """Scores of every task, router and dense and whoever stands near the router's Ω."""
+    """Scores of every task: router, dense, and whoever is compared with the router at its Ω."""
     router = next(row for row in rows if row.family == "router")
     shown = [router, *(row for row in rows if row.family == "dense" or row.margin is not None)]
-    lines = [(key, *(f"{row.cells[key]:.3f}" for row in shown)) for key in router.cells]
+    lines = [(key, *(f"{row.cells[key]:.3f}" if key in row.cells else "" for row in shown)) for key in router.cells]
     return Table(("task @ tokens", *(row.name for row in shown)), lines)
 
 
-def _notes(outcome: Outcome) -> str:
+def _notes(outcome: Summary) -> str:
     text = (
-        "Means with half the width of their 95 % interval (bootstrap over samples). Tasks scored by NLL count with "
-        "exp(NLL dense − NLL). Macro: both classes of tasks the same. A lead is the paired difference to the baseline "
-        "brought to exactly the router's mean Ω, between its two neighbouring numbers of sparse layers."
+        "Means with half the width of their 95 % interval (bootstrap over samples); n: samples a task and length. "
+        "Tasks scored by NLL count with exp(NLL dense − NLL). Macro: both classes of tasks the same. A lead is the "
+        "paired difference on the samples that both ran, the baseline brought to exactly the router's mean Ω: of the "
+        "two whole sizes around it, some prompts get the one and some the other. Routes by KV head have no cache, so "
+        "tasks whose answers are generated are not theirs."
     )
     if outcome.left_out:
         listed = ", ".join(f"{key} ({value:.2f})" for key, value in outcome.left_out)
@@ -125,14 +153,21 @@ def _notes(outcome: Outcome) -> str:
     return text
 
 
-def markdown(outcome: Outcome, table: Table) -> str:
+def legend(rows: tuple[Row, ...]) -> Table:
+    """What the baselines' names mean."""
+    families = dict.fromkeys(row.family for row in rows if row.family in POLICIES)
+    return Table(("", "what it is"), [(name, POLICIES[name]) for name in families])
+
+
+def markdown(outcome: Summary, table: Table) -> str:
     """The board for a text page."""
     figures = "\n".join(f"- {figure}" for figure in outcome.figures)
-    return f"{table.markdown()}\n\n{_notes(outcome)}\n\n{by_task(outcome.rows).markdown()}\n\n{figures}\n"
+    tables = (table.markdown(), _notes(outcome), legend(outcome.rows).markdown(), by_task(outcome.rows).markdown())
+    return "\n\n".join((*tables, figures)) + "\n"
 
 
-def _plots(outcome: Outcome) -> dict[str, Any]:
-    families = {row.family for row in outcome.rows} - {"dense"}
+def _plots(outcome: Summary) -> dict[str, Any]:
+    families = {row.family for row in outcome.rows} - {"dense", "seed"}
     points = [
         Point(
             row.family, row.sparsity, row.macro.value, row.macro.low, row.macro.high, highlight=row.family == "router"
@@ -148,14 +183,14 @@ def _plots(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _routes(outcome: Outcome) -> list[RouteRow]:
+def _routes(outcome: Summary) -> list[RouteRow]:
     return [
         RouteRow(task, [share > 0.5 for share in shares], shares, omega=1 - sum(shares) / len(shares))
         for task, shares in outcome.routes.items()
     ]
 
 
-def page(outcome: Outcome, table: Table, settings: dict[str, Any], known: dict[str, Any]) -> str:
+def page(outcome: Summary, table: Table, settings: dict[str, Any], known: dict[str, Any]) -> str:
     """The HTML page."""
     plots = _plots(outcome)
     facts = []
@@ -183,6 +218,7 @@ def page(outcome: Outcome, table: Table, settings: dict[str, Any], known: dict[s
             figures=[(svg(plots["routes"], "routes by task"), "A dot: full for most prompts.")],
         ),
         Section("Task by task", table=by_task(outcome.rows)),
+        Section("Who is who", table=legend(outcome.rows)),
     ]
     lead = (
         f"{settings['backbone']}, {len(settings['tasks'])} tasks at {' and '.join(map(str, settings['lengths']))} "

@@ -43,9 +43,14 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def chat_text(tokenizer: Any, user: str, prefix: str = "") -> str:
-    """The chat template's text up to where the answer starts; plain text for a tokenizer without a template."""
+    """The chat template's text up to where the answer starts; plain text for a tokenizer without a template.
+
+    A template writes the token that begins every text where the model has one; plain text gets it here.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
-        return user + "\n" + prefix
+        begin = getattr(tokenizer, "bos_token_id", None)
+        starts = begin is not None and list(tokenizer("a")["input_ids"])[:1] == [begin]
+        return (tokenizer.bos_token if starts else "") + user + "\n" + prefix
     messages = [{"role": "user", "content": user}]
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)) + prefix
 

@@ -37,7 +37,7 @@ class Record:
         exact: whether every answer token was the model's first choice; None when nothing was teacher-forced.
         nll: nats per answer token; None when nothing was teacher-forced.
         sparsity: Ω of the prompt's route.
-        route: one character per routable layer, "1" = full.
+        route: one character per routable layer, "1" = full (per KV head of a `HeadRoute`).
         p_full: the router's probabilities; None under a policy without scores.
         kv_share: bytes of KV cache after prefill, over dense.
         depth: where the needle was, in [0, 1]; None for tasks without one.
@@ -100,15 +100,16 @@ class RunOptions:
 
 def kv_share(config: FluxConfig, route: Route, tokens: Sequence[int]) -> list[float]:
     """Share of a dense cache's pages that each sequence holds after a prefill of `tokens[s]` tokens."""
+    return [kv_share_of(config, omega, n) for omega, n in zip(route.sparsity.tolist(), tokens, strict=True)]
+
+
+def kv_share_of(config: FluxConfig, omega: float, tokens: int) -> float:
+    """Share of a dense cache's pages that a prompt of `tokens` holds at sparsity `omega`."""
     page, sinks = config.block_tokens, config.sink_tokens
-    shares = []
-    for s, n in enumerate(tokens):
-        whole = -(-n // page)
-        kept_from = max(sinks, n // page * page - config.window_tokens)
-        sparse = whole - (kept_from - sinks) // page if config.sparse_mode == "streaming" else whole
-        omega = float(route.sparsity[s])
-        shares.append(((1 - omega) * whole + omega * sparse) / whole)
-    return shares
+    whole = -(-tokens // page)
+    kept_from = max(sinks, tokens // page * page - config.window_tokens)
+    sparse = whole - (kept_from - sinks) // page if config.sparse_mode == "streaming" else whole
+    return ((1 - omega) * whole + omega * sparse) / whole
 
 
 def check_samples(controller: FluxAttention, samples: Sequence[Sample], extra_tokens: int = 0) -> None:
@@ -175,11 +176,17 @@ def run_samples(
     records: list[Record] = []
     with controller.using(policy, dial):
         for batch in show(batches, len(batches), label):
-            if options.generates(batch[0]):
-                records += _generated(controller, tokenizer, batch, options)
-            else:
-                records += _forced(controller, batch)
+            records += score_batch(controller, tokenizer, batch, options)
     return records
+
+
+def score_batch(
+    controller: FluxAttention, tokenizer: Any, batch: Sequence[Sample], options: RunOptions
+) -> list[Record]:
+    """Samples of one kind of scoring in one pass, under the controller's policy."""
+    if options.generates(batch[0]):
+        return _generated(controller, tokenizer, batch, options)
+    return _forced(controller, batch)
 
 
 def tqdm_progress(batches: Iterable[Any], total: int, label: str) -> Iterable[Any]:
@@ -276,7 +283,7 @@ def _record(
         exact=exact,
         nll=nll,
         sparsity=float(route.sparsity[0]),
-        route="".join("1" if full else "0" for full in route.use_full[:, 0].tolist()),
+        route=route.column(0),
         p_full=None if route.p_full is None else tuple(route.p_full[:, 0].tolist()),
         kv_share=kv_share(controller.config, route, [tokens])[0],
         depth=sample.meta.get("depth"),

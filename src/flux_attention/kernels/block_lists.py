@@ -21,8 +21,6 @@ TILE = 128
 #: How flash-attn-4 masks the own tile. "mod" evaluates a mask function on that tile alone; "causal" uses the kernel's
 #: own causal mask, cheaper per element, but applied to every listed tile.
 DIAGONAL = "mod"
-#: Whether flash-attn-4 packs the query heads of a group into one tile (None: its own choice).
-PACK_GQA: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -140,12 +138,21 @@ def flash4_over(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, scale: fl
         v[None],
         softmax_scale=scale,
         causal=DIAGONAL == "causal",
-        pack_gqa=PACK_GQA,
+        pack_gqa=packs_heads(q.shape[1], k.shape[1], TILE),
         mask_mod=_causal_mod() if DIAGONAL == "mod" else None,
         block_sparse_tensors=forward,
         block_sparse_tensors_bwd=backward,
     )
     return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+def packs_heads(query_heads: int, key_heads: int, tile: int) -> bool:
+    """Whether flash-attn-4 is to lay the query heads of a group side by side in tiles of `tile` rows.
+
+    Only where whole tokens fill a tile: it loads any other packing row by row, a path that its block sparsity is not
+    made for.
+    """
+    return tile % (query_heads // key_heads) == 0
 
 
 @functools.cache

@@ -141,12 +141,12 @@ def paged_decode_triton(
         *v_pages.stride()[:3],
         page_table.stride(0),
         n_splits,
+        config.split,
         GROUP=group,
         # The tensor cores' smallest tile has 16 rows.
         ROWS=max(16, triton.next_power_of_2(group)),
         D=dim,
         PAGE=page,
-        SPLIT=config.split,
         BLOCK=config.block,
         STAGES=config.stages,
         PRECISION="ieee",
@@ -158,12 +158,12 @@ def paged_decode_triton(
         lengths,
         out,
         n_splits,
+        config.split,
         out.stride(0),
         out.stride(1),
         GROUP=group,
         D=dim,
-        SPLIT=config.split,
-        BLOCK=min(32, triton.next_power_of_2(n_splits)),
+        BLOCK=32,
         BLOCK_D=min(64, dim),
         num_warps=4,
     )
@@ -171,7 +171,9 @@ def paged_decode_triton(
 
 
 def _key(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[object, ...]:
-    return (q.device, q.dtype, tuple(q.shape), tuple(k_pages.shape[1:]), page_table.shape[1])
+    """Rows and widths up to the next power of two: requests of about one size share a configuration."""
+    rows, width = (1 << (n - 1).bit_length() for n in page_table.shape)
+    return (q.device, q.dtype, *q.shape[1:], *k_pages.shape[1:], rows, width)
 
 
 @functools.cache
@@ -191,17 +193,10 @@ def heuristic(q: Tensor, k_pages: Tensor, page_table: Tensor) -> DecodeConfig:
 
 
 def candidates(q: Tensor) -> list[DecodeConfig]:
-    """The configurations that `tune` tries."""
+    """The configurations that `tune` tries. Splits cost no compilation, the rest about a second each."""
     wide = q.shape[-1] > 128 or q.element_size() > 2
-    blocks = (32,) if wide else (64, 128)
-    return [
-        DecodeConfig(split, block, warps, stages)
-        for split in (256, 512, 1024, 2048)
-        for block in blocks
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-        if block * stages <= 384
-    ]
+    kernels = ((32, 4, 2), (32, 4, 3)) if wide else ((64, 4, 3), (64, 8, 3), (128, 4, 2), (128, 8, 3))
+    return [DecodeConfig(split, *kernel) for split in (256, 512, 1024, 2048, 4096) for kernel in kernels]
 
 
 def tune(
@@ -215,14 +210,17 @@ def tune(
     configs: Iterable[DecodeConfig] | None = None,
     repeats: int = 10,
 ) -> DecodeConfig:
-    """Time the candidates on these tensors and keep the fastest for every later call of the same shapes.
+    """Time the candidates on these tensors and keep the fastest for every later call of about the same shapes.
 
-    CUDA only, and not while a graph is being captured. Lengths should be those of real use; the shapes that key the
-    result are rows, heads, head dim, page, `max_pages` and dtype. Raises RuntimeError when no candidate runs.
+    CUDA only, and not while a graph is being captured. Lengths should be those of real use; the result is kept for
+    heads, head dim, page and dtype, and for rows and `max_pages` up to the next power of two. Shapes that were tuned
+    before are not timed again, unless `configs` are given. Raises RuntimeError when no candidate runs.
     """
     from triton.runtime.errors import OutOfResources
 
     key = _key(q, k_pages, page_table)
+    if configs is None and key in _TUNED:
+        return _TUNED[key]
     best: tuple[float, DecodeConfig] | None = None
     out = torch.empty_like(q)
     for config in configs if configs is not None else candidates(q):

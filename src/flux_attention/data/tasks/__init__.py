@@ -38,7 +38,7 @@ _BUILT_IN: tuple[Task, ...] = (
     KeyValueLookup(name="kv_lookup", numeric=4),
     KeyValueLookup(name="kv_lookup_numbers", digits=7),
     RowQA(name="row_qa", held_out=True),
-    RowQA(name="row_qa_people", people=None),
+    RowQA(name="row_qa_people", people=None, held_out=True),
     PassageRetrieval(name="passage_retrieval", held_out=True),
     PassageCount(name="passage_count"),
     CommonWords(name="common_words"),

@@ -1,0 +1,194 @@
+"""What the baselines rest on: layer rankings, head gates and a head router, measured or trained once and kept in files.
+
+All of it comes from the training split: the samples that the layer router may be trained on as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux_attention.data import Sample
+from flux_attention.evaluation.outcomes import read_settings
+from flux_attention.evaluation.results import write_json
+from flux_attention.evaluation.runner import Progress
+from flux_attention.evaluation.sample_set import checksum, digest
+from flux_attention.models.attach import FluxAttention
+from flux_attention.training.damage import DamageMeter, greedy_ranking, leave_one_out, static_ranking
+from flux_attention.training.heads import HeadTraining, head_router, pooled_heads, train_head_router, train_static_heads
+
+VERSION = 1
+
+
+def layer_rankings(
+    controller: FluxAttention,
+    samples: Sequence[Sample],
+    methods: Sequence[str],
+    folder: Path,
+    base: Mapping[str, Any],
+    *,
+    batch_tokens: int,
+    progress: Progress,
+) -> dict[str, list[int]]:
+    """Layer rankings, least needed first, by method, from files where they are there.
+
+    damage: by single-layer damage on all samples. greedy: one layer after the other at the least damage, on the same
+    samples. greedy-text: the same by NLL on running text alone, which needs no task.
+    """
+    settings = {**base, "version": VERSION, "samples": digest([checksum(sample) for sample in samples])}
+    paths = {name: folder / f"ranking-{name}-{digest({**settings, 'method': name})}.json" for name in methods}
+    found: dict[str, list[int]] = {}
+    for name, path in paths.items():
+        if path.is_file():
+            found[name] = [int(x) for x in read_settings(path, {**settings, "method": name})["ranking"]]
+    missing = [name for name in methods if name not in found]
+    if not missing:
+        return found
+    text = [sample for sample in samples if sample.metric == "nll"]
+    # Layers whose single damage is next to nothing are taken at once.
+    jump = len(controller.layers) // 5
+
+    def tasks() -> DamageMeter:
+        meter = DamageMeter(controller, samples, batch_tokens=batch_tokens)
+        # What the dense model cannot answer tells nothing about layers.
+        return meter.subset(meter.answered())
+
+    def of_text() -> list[int]:
+        if not text:
+            raise ValueError("greedy-text needs calibration samples of running text; the training tasks have none")
+        return greedy_ranking(DamageMeter(controller, text, batch_tokens=batch_tokens), jump=jump).order
+
+    work: dict[str, Callable[[], list[int]]] = {
+        "damage": lambda: static_ranking(leave_one_out(tasks())),
+        "greedy": lambda: greedy_ranking(tasks(), jump=jump).order,
+        "greedy-text": of_text,
+    }
+    for name in progress(missing, len(missing), "static rankings"):
+        found[name] = work[name]()
+        write_json(paths[name], {"settings": {**settings, "method": name}, "ranking": found[name]})
+    return found
+
+
+def static_heads(
+    controller: FluxAttention,
+    samples: Sequence[Sample],
+    training: HeadTraining,
+    folder: Path,
+    base: Mapping[str, Any],
+    progress: Progress,
+) -> list[int]:
+    """KV heads, least needed first (DuoAttention-style gates), numbered as `route.StaticHeads` does."""
+    tensors = _kept(
+        folder / "heads-static",
+        {**base, **_settings(samples, training)},
+        lambda: {"gates": train_static_heads(controller, samples, training, progress)},
+    )
+    return torch.argsort(tensors["gates"].flatten(), stable=True).tolist()
+
+
+def head_scores(
+    controller: FluxAttention,
+    samples: Sequence[Sample],
+    training: HeadTraining,
+    cells: Mapping[tuple[str, int], Sequence[Sample]],
+    folder: Path,
+    base: Mapping[str, Any],
+    progress: Progress,
+) -> dict[tuple[str, int], Tensor]:
+    """`p_full [L·Hk, n]` of every cell's prompts by an Elastic-style head router."""
+
+    def train() -> dict[str, Tensor]:
+        router = train_head_router(controller, samples, training, progress)
+        return {name: tensor.cpu() for name, tensor in router.state_dict().items()}
+
+    state = _kept(folder / "heads-routed", {**base, **_settings(samples, training)}, train)
+    router = head_router(controller)
+    router.load_state_dict(state)
+    with torch.no_grad():
+        return {cell: router.p_full(pooled_heads(controller, some)).cpu() for cell, some in cells.items()}
+
+
+def _settings(samples: Sequence[Sample], training: HeadTraining) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "samples": digest([checksum(sample) for sample in samples]),
+        "training": {**asdict(training), "targets": dict(training.targets)},
+    }
+
+
+def _kept(stem: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of a file named by its settings; made when it is not there."""
+    path = stem.with_name(f"{stem.name}-{digest(settings)}.safetensors")
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                written = json.loads((file.metadata() or {}).get("settings", "null"))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it") from error
+        if written != json.loads(json.dumps(settings)):
+            raise ValueError(f"{path} holds a run of other settings; delete it or use another folder")
+        return found
+    made = {name: tensor.contiguous() for name, tensor in make().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".next")
+    save_file(made, temporary, metadata={"settings": json.dumps(settings)})
+    temporary.replace(path)
+    return made
+
+
+def router_scores(
+    controller: FluxAttention,
+    cells: Mapping[tuple[str, int], Sequence[Sample]],
+    folder: Path,
+    base: Mapping[str, Any],
+    *,
+    prompts: int = 64,
+) -> dict[tuple[str, int], Tensor]:
+    """`p_full [L, n]` of every cell by the controller's probe router; 1 where a prompt is too short to be routed."""
+    checksums = {f"{task}@{length}": [checksum(s) for s in some] for (task, length), some in cells.items()}
+    settings = {**base, "version": VERSION, "samples": digest(checksums)}
+
+    def make() -> dict[str, Tensor]:
+        found = {}
+        with controller.using(None), torch.no_grad():
+            for (task, length), some in cells.items():
+                parts = []
+                for start in range(0, len(some), prompts):
+                    route = controller.route([torch.tensor(s.prompt_ids) for s in some[start : start + prompts]])
+                    parts.append(route.use_full.float() if route.p_full is None else route.p_full)
+                found[f"{task}@{length}"] = torch.cat(parts, 1)
+        return found
+
+    found = _kept(folder / "routes", settings, make)
+    return {(task, length): found[f"{task}@{length}"] for task, length in cells}
+
+
+def inline_columns(
+    controller: FluxAttention, cells: Mapping[tuple[str, int], Sequence[Sample]], batch_tokens: int, progress: Progress
+) -> dict[tuple[str, int], list[str]]:
+    """Routes that the controller's inline router finds while it reads the prompts whole."""
+    found: dict[tuple[str, int], list[str]] = {}
+    with controller.using(None), torch.no_grad():
+        for cell in progress(list(cells), len(cells), "inline routes"):
+            columns: list[str] = []
+            some = list(cells[cell])
+            size = max(1, batch_tokens // max(map(len, some)))
+            for start in range(0, len(some), size):
+                batch = some[start : start + size]
+                ids = torch.tensor([t for s in batch for t in s.prompt_ids], device=controller.device)[None]
+                positions = torch.cat([torch.arange(len(s.prompt_ids)) for s in batch]).to(ids.device)[None]
+                controller.decoder(input_ids=ids, position_ids=positions, use_cache=False)
+                route = controller.last_route
+                assert route is not None
+                columns += [route.column(s) for s in range(len(batch))]
+            found[cell] = columns
+    return found

@@ -1,0 +1,149 @@
+"""What a route makes of a sample, measured once: results of (sample, route) pairs, kept in files.
+
+A score depends on the sample, the route and the kernels, not on who asked for the route. So the entrants of a board
+share results where their routes agree, passes mix the routes of all of them, and an interrupted board goes on where
+it stopped. A file is named by a hash of everything else that determines its results: runs of different settings
+never mix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flux_attention.data import Sample
+from flux_attention.evaluation.results import write_json
+from flux_attention.evaluation.runner import RunOptions, score_batch
+from flux_attention.evaluation.sample_set import checksum, digest
+from flux_attention.models.attach import FluxAttention
+from flux_attention.route import Fixed, parse_columns
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One sample under one route.
+
+    Attributes:
+        score: in [0, 1]; None for tasks that are scored by NLL alone.
+        nll: nats per answer token; None when nothing was teacher-forced.
+    """
+
+    score: float | None
+    nll: float | None
+
+
+class OutcomeFile:
+    """Results of one task at one length.
+
+    Args:
+        folder: of the files.
+        settings: everything that determines a result besides sample and route; `task` and `length` among it.
+        samples: in their order; a file of other samples is refused.
+
+    Raises:
+        ValueError: the file is damaged, of another version, or of other settings or samples.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+        self.settings = {"version": VERSION, **settings}
+        self.path = folder / f"{settings['task']}-{settings['length']}-{digest(self.settings)}.json"
+        self.checksums = [checksum(sample) for sample in samples]
+        self._found: dict[str, dict[int, Outcome]] = {}
+        self._known: dict[str, int] = {}
+        self._changed = False
+        if self.path.is_file():
+            self._read()
+
+    def _read(self) -> None:
+        data = read_settings(self.path, self.settings)
+        self._known = data["samples"]
+        for index, found in self._known.items():
+            if int(index) < len(self.checksums) and self.checksums[int(index)] != found:
+                raise ValueError(
+                    f"{self.path} holds results of other samples (number {index} differs); delete it or use another "
+                    "folder"
+                )
+        for route, rows in data["routes"].items():
+            self._found[route] = {int(index): Outcome(*values) for index, values in rows.items()}
+
+    def get(self, index: int, route: str) -> Outcome | None:
+        return self._found.get(route, {}).get(index)
+
+    def put(self, index: int, route: str, outcome: Outcome) -> None:
+        self._found.setdefault(route, {})[index] = outcome
+        self._known[str(index)] = self.checksums[index]
+        self._changed = True
+
+    def save(self) -> None:
+        """Write what is new."""
+        if not self._changed:
+            return
+        routes = {
+            route: {str(i): [row.score, row.nll] for i, row in rows.items()} for route, rows in self._found.items()
+        }
+        write_json(self.path, {"settings": self.settings, "samples": self._known, "routes": routes})
+        self._changed = False
+
+
+def read_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's data, after its settings were compared. Raises ValueError for a damaged file or other settings."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and its part is computed anew") from error
+    found = data.get("settings") if isinstance(data, dict) else None
+    if found != json.loads(json.dumps(settings)):
+        version = found.get("version") if isinstance(found, dict) else None
+        raise ValueError(
+            f"{path} holds a run of other settings (version {version}, this is {settings.get('version')}); delete it "
+            "or use another folder"
+        )
+    assert isinstance(data, dict)
+    return data
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Sample number `index` of a cell under a route in characters (`Route.column`)."""
+
+    file: OutcomeFile
+    index: int
+    sample: Sample
+    route: str
+
+
+def batches(pairs: Sequence[Pair], batch_tokens: int, options: RunOptions) -> Iterator[list[Pair]]:
+    """Pairs that share a pass: of about one length, scored the same way, `batch_tokens` at most.
+
+    Generation takes four times as much: it keeps keys and values only, and its steps cost the same for few rows.
+    """
+    key = lambda pair: (options.generates(pair.sample), len(pair.route), len(pair.sample))  # noqa: E731
+    batch: list[Pair] = []
+    for pair in sorted(pairs, key=key):
+        room = batch_tokens * (4 if options.generates(pair.sample) else 1)
+        # Sorted by length, so this one is the longest: what padding there may be is counted with it.
+        if batch and (key(pair)[:2] != key(batch[0])[:2] or (len(batch) + 1) * len(pair.sample) > room):
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def measure_batch(controller: FluxAttention, tokenizer: Any, batch: Sequence[Pair], options: RunOptions) -> None:
+    """Run a batch and put its results where they belong."""
+    route = parse_columns([pair.route for pair in batch], len(controller.layers))
+    with controller.using(Fixed(route)):
+        records = score_batch(controller, tokenizer, [pair.sample for pair in batch], options)
+    for pair, record in zip(batch, records, strict=True):
+        # What is in memory and what is in the file must be the same.
+        nll = None if record.nll is None else round(record.nll, 6)
+        pair.file.put(pair.index, pair.route, Outcome(record.score, nll))

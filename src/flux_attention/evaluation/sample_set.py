@@ -1,0 +1,175 @@
+"""The samples of a board: made in parallel before a GPU is touched, kept in one small file, the same for everyone.
+
+A file holds token ids, so a board can be prepared on one machine and run on another whose Python ships other texts.
+Format: xz of one line of JSON (settings and everything but the ids), then the ids of all samples, little endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import multiprocessing
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flux_attention.data import Sample, make_sample
+from flux_attention.data.corpus import fingerprint
+from flux_attention.evaluation.runner import Progress
+
+VERSION = 1
+# Haystacks are windows of the same texts: one dictionary over all samples finds them again.
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 1 << 26}]
+
+
+def digest(data: Any) -> str:
+    """16 hexadecimal digits of plain values."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Of what the tokenizer does to text: its vocabulary and its chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return digest([vocabulary, getattr(tokenizer, "chat_template", None)])
+
+
+def checksum(sample: Sample) -> int:
+    """Tells samples apart by their tokens."""
+    return zlib.crc32(np.array([*sample.prompt_ids, -1, *sample.answer_ids], dtype="<i4").tobytes())
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Samples by cell.
+
+    Attributes:
+        settings: what they were made from, `texts` (fingerprint of the text sources) included.
+        cells: (task, length) → samples, number i at place i.
+    """
+
+    settings: Mapping[str, Any]
+    cells: Mapping[tuple[str, int], tuple[Sample, ...]]
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        rows, ids = [], []
+        for (task, length), samples in self.cells.items():
+            for sample in samples:
+                row = asdict(sample)
+                row["prompt_ids"], row["answer_ids"] = len(sample.prompt_ids), len(sample.answer_ids)
+                rows.append({**row, "cell": [task, length]})
+                ids += [np.array(sample.prompt_ids + sample.answer_ids)]
+        flat = np.concatenate(ids)
+        width = "<u2" if flat.max() < 1 << 16 else "<u4"
+        head = {"version": VERSION, "settings": dict(self.settings), "ids": width, "samples": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".next")
+        with lzma.open(temporary, "wb", filters=_FILTERS) as file:
+            file.write(json.dumps(head).encode() + b"\n")
+            file.write(flat.astype(width).tobytes())
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> SampleSet:
+        """Read a file. Raises ValueError for a damaged one or one of another version."""
+        try:
+            with lzma.open(path, "rb") as file:
+                head = json.loads(file.readline())
+                raw = file.read()
+            version = head.get("version")
+        except (lzma.LZMAError, EOFError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no file of samples or is damaged ({error}); delete it") from error
+        if version != VERSION:
+            raise ValueError(f"{path} holds samples of version {version}, this is {VERSION}; delete it")
+        ids = np.frombuffer(raw, dtype=head["ids"]).tolist()
+        if len(ids) != sum(row["prompt_ids"] + row["answer_ids"] for row in head["samples"]):
+            raise ValueError(f"{path} is damaged: it lacks token ids; delete it")
+        cells: dict[tuple[str, int], list[Sample]] = {}
+        start = 0
+        for row in head["samples"]:
+            task, length = row.pop("cell")
+            middle = start + row["prompt_ids"]
+            end = middle + row["answer_ids"]
+            row["spans"] = tuple(map(tuple, row["spans"]))
+            row["answers"] = tuple(row["answers"])
+            row["prompt_ids"], row["answer_ids"] = tuple(ids[start:middle]), tuple(ids[middle:end])
+            cells.setdefault((task, length), []).append(Sample(**row))
+            start = end
+        return cls(head["settings"], {key: tuple(samples) for key, samples in cells.items()})
+
+
+_TOKENIZER: Any = None
+
+
+def _make(job: tuple[str, int, int, int, str]) -> Sample:
+    task, index, length, seed, split = job
+    return make_sample(task, index, length, seed, split, _TOKENIZER)
+
+
+def make_sample_set(
+    cells: Sequence[tuple[str, int]],
+    n: int,
+    seed: int,
+    split: str,
+    tokenizer: Any,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> SampleSet:
+    """`n` samples of every (task, length), by `workers` forked processes (before CUDA starts: a fork cannot use it).
+
+    Raises ValueError for unknown tasks and lengths that are too short.
+    """
+    global _TOKENIZER
+    _TOKENIZER = tokenizer
+    jobs = [(task, index, length, seed, split) for task, length in cells for index in range(n)]
+    show = progress or (lambda batches, total, label: batches)
+    if workers > 1:
+        # Threads of the tokenizer do not survive a fork.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            made = list(show(pool.imap(_make, jobs, chunksize=4), len(jobs), "samples"))
+    else:
+        made = [_make(job) for job in show(jobs, len(jobs), "samples")]
+    found: dict[tuple[str, int], tuple[Sample, ...]] = {}
+    for i, cell in enumerate(cells):
+        found[cell] = tuple(made[i * n : (i + 1) * n])
+    return SampleSet({**_settings(cells, n, seed, split, tokenizer), "texts": fingerprint()}, found)
+
+
+def _settings(cells: Sequence[tuple[str, int]], n: int, seed: int, split: str, tokenizer: Any) -> dict[str, Any]:
+    tokens = tokenizer_digest(tokenizer)
+    return {"cells": [list(cell) for cell in cells], "samples": n, "seed": seed, "split": split, "tokenizer": tokens}
+
+
+def prepared_samples(
+    folder: Path,
+    cells: Sequence[tuple[str, int]],
+    n: int,
+    seed: int,
+    split: str,
+    tokenizer: Any,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> SampleSet:
+    """The samples from their file in `folder`, which is made when it is not there.
+
+    The file's name says what is in it, except for the texts that the Python which made it ships.
+    """
+    wanted = _settings(cells, n, seed, split, tokenizer)
+    path = folder / f"samples-{split}-{digest(wanted)}.xz"
+    if path.is_file():
+        found = SampleSet.load(path)
+        if {key: found.settings.get(key) for key in wanted} != wanted:
+            raise ValueError(f"{path} holds samples of other settings; delete it or use another folder")
+        return found
+    made = make_sample_set(cells, n, seed, split, tokenizer, workers=workers, progress=progress)
+    made.save(path)
+    return made

@@ -1,0 +1,383 @@
+"""The work around attention with its passes over memory folded together; for inference, no gradients.
+
+Transformers' eager norms, rotary embedding and gating write every intermediate to memory: a third of a long prefill's
+linear time, and most of the launches of a decode step. Each op here is one launch.
+
+Legend: `N` tokens, `H` hidden size, `F` width of the gated MLP, `Hq`, `Hk` query and key heads, `D` head dim (a power
+of two), `B` rows with one token each. Weights are those of `nn.Linear`: `[out, in]`, contiguous.
+
+`impl`: "triton" (CUDA), "torch" (anywhere; written from the definitions), "auto": triton on CUDA, torch elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_attention.kernels.api import UnsupportedKernelError, _importable, _triton_interprets
+
+
+def _triton(x: Tensor, impl: str) -> bool:
+    """Whether to run the triton version. Raises UnsupportedKernelError where it is named and cannot run."""
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
+    if impl == "auto":
+        return x.is_cuda
+    if impl == "triton" and not x.is_cuda and not (_importable("triton") and _triton_interprets()):
+        raise UnsupportedKernelError(f"impl='triton' needs a CUDA device, got tensors on {x.device}; impl='torch' runs")
+    return impl == "triton"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: `weight [H]` and `eps`."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ rows of tokens
+
+
+def rms_norm(x: Tensor, norm: Norm, *, impl: str = "auto") -> Tensor:
+    """Normalised rows of `x [..., H]`."""
+    if not _triton(x, impl):
+        return norm(x)
+    return _norm_rows(x, None, norm)[0]
+
+
+def add_rms_norm(x: Tensor, add: Tensor, norm: Norm, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(normalised rows of `x + add`, `x + add`), `x, add [..., H]`."""
+    if not _triton(x, impl):
+        total = x + add
+        return norm(total), total
+    return _norm_rows(x, add, norm)
+
+
+def _norm_rows(x: Tensor, add: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    x = x.contiguous()
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    total = out if add is None else torch.empty_like(x)
+    if x.numel():
+        block = triton.next_power_of_2(width)
+        kernels.rms_norm_kernel[(x.numel() // width,)](
+            x,
+            x if add is None else add.contiguous(),
+            norm.weight,
+            out,
+            total,
+            norm.eps,
+            N=width,
+            BLOCK=block,
+            ADD=add is not None,
+            num_warps=max(1, min(16, block // 512)),
+        )
+    return out, total
+
+
+def silu_mul(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
+    """`silu(gate) * up`, of one shape."""
+    if not _triton(gate, impl):
+        return F.silu(gate) * up
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if out.numel():
+        kernels.silu_mul_kernel[(triton.cdiv(out.numel(), 2048),)](gate, up, out, out.numel(), BLOCK=2048, num_warps=8)
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, norm: Norm | None) -> Tensor:
+    """`x [N, H, D]`, `cos, sin [N, D]`."""
+    if norm is not None:
+        x = norm(x)
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    dim: int,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Heads normalised (both norms or none) and rotated: `q [N, Hq * D]`, `k [N, Hk * D]` → `[N, Hq, D]`, `[N, Hk, D]`.
+
+    `cos, sin [N, D]`, whose halves a family may scale; `dim` is `D`.
+    """
+    if not _triton(q, impl):
+        q, k = (x.unflatten(-1, (-1, dim)) for x in (q, k))
+        return _rotate(q, cos, sin, q_norm), _rotate(k, cos, sin, k_norm)
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    q, k, cos, sin = (x.contiguous() for x in (q, k, cos, sin))
+    tokens, hq, hk = q.shape[0], q.shape[1] // dim, k.shape[1] // dim
+    q_out, k_out = q.new_empty(tokens, hq, dim), k.new_empty(tokens, hk, dim)
+    heads = min(8, triton.next_power_of_2(max(hq, hk)))
+    if tokens:
+        kernels.rotary_kernel[(tokens, triton.cdiv(hq, heads) + triton.cdiv(hk, heads))](
+            q,
+            k,
+            cos,
+            sin,
+            q if q_norm is None else q_norm.weight,
+            k if k_norm is None else k_norm.weight,
+            q_out,
+            k_out,
+            0.0 if q_norm is None else q_norm.eps,
+            HQ=hq,
+            HK=hk,
+            HALF=dim // 2,
+            HEADS=heads,
+            NORM=q_norm is not None,
+            num_warps=2,
+        )
+    return q_out, k_out
+
+
+def rotary_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """One token a row: rotate its heads, and put its keys and values behind the row's `counts[b]` keys.
+
+    `q [B, Hq * D]`, `k, v [B, Hk * D]`, `cos, sin [B, D]`, `k_pages, v_pages [P, page, Hk, D]`, `table [B, pages]`,
+    `counts [B]`; the page of the new token must be in the table. Returns the queries `[B, Hq, D]`.
+    """
+    page, hk, dim = k_pages.shape[1:]
+    if not _triton(q, impl):
+        new_q, new_k = rotary(q, k, cos, sin, dim, q_norm, k_norm, impl="torch")
+        at = counts.long()
+        slots = table.gather(1, (at // page)[:, None])[:, 0].long() * page + at % page
+        k_pages.flatten(0, 1)[slots] = new_k
+        v_pages.flatten(0, 1)[slots] = v.unflatten(-1, (hk, dim))
+        return new_q
+    from flux_attention.kernels import fused_triton as kernels
+
+    q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
+    rows, hq = q.shape[0], q.shape[1] // dim
+    out = q.new_empty(rows, hq, dim)
+    kernels.rotary_append_kernel[(rows, hq + 2 * hk)](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        q if q_norm is None else q_norm.weight,
+        k if k_norm is None else k_norm.weight,
+        out,
+        k_pages,
+        v_pages,
+        table,
+        counts,
+        0.0 if q_norm is None else q_norm.eps,
+        table.stride(0),
+        *k_pages.stride()[:3],
+        HQ=hq,
+        HK=hk,
+        HALF=dim // 2,
+        PAGE=page,
+        NORM=q_norm is not None,
+        num_warps=1,
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ one token
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """Launch configuration of a matrix-vector product: `rows` of the weight a program, `block` columns at a time."""
+
+    rows: int = 4
+    block: int = 1024
+    warps: int = 4
+
+
+#: What `tune_vectors` tries.
+VECTOR_CONFIGS = (
+    VectorConfig(),
+    VectorConfig(2, 1024, 4),
+    VectorConfig(2, 2048, 4),
+    VectorConfig(4, 2048, 8),
+)
+#: The fastest configuration by (device, dtype, kind, in, out).
+_TUNED: dict[tuple[object, ...], VectorConfig] = {}
+
+
+def _key(kind: str, weight: Tensor) -> tuple[object, ...]:
+    return (weight.device, weight.dtype, kind, *weight.shape)
+
+
+def _launch(kind: str, weight: Tensor, config: VectorConfig | None) -> tuple[VectorConfig, dict[str, int]]:
+    import triton
+
+    config = config or _TUNED.get(_key(kind, weight), VECTOR_CONFIGS[0])
+    block = min(config.block, triton.next_power_of_2(weight.shape[1]))
+    return config, {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
+
+
+def vector(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    config: VectorConfig | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`weight @ x + bias + add` of one token: `x [H]`, `weight [n, H]` → `[n]`."""
+    if not _triton(x, impl):
+        out = F.linear(x, weight, bias)
+        return out if add is None else out + add
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    config, meta = _launch("vector", weight, config)
+    n = weight.shape[0]
+    out = x.new_empty(n)
+    kernels.vector_kernel[(triton.cdiv(n, config.rows),)](
+        x,
+        x,
+        weight,
+        x if bias is None else bias,
+        x if add is None else add,
+        out,
+        n,
+        0.0,
+        NORM=False,
+        BIAS=bias is not None,
+        ADD=add is not None,
+        **meta,
+    )
+    return out
+
+
+def norm_three(
+    x: Tensor,
+    norm: Norm,
+    weights: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    config: VectorConfig | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of one normalised token `x [H]` with three weights, with biases for all of them or none."""
+    if not _triton(x, impl):
+        normed = norm(x)
+        a, b, c = (F.linear(normed, w, bias) for w, bias in zip(weights, biases, strict=True))
+        return a, b, c
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    config, meta = _launch("three", weights[0], config)
+    a, b, c = (x.new_empty(w.shape[0]) for w in weights)
+    programs = sum(triton.cdiv(w.shape[0], config.rows) for w in weights)
+    kernels.three_kernel[(programs,)](
+        x,
+        norm.weight,
+        *weights,
+        *(x if bias is None else bias for bias in biases),
+        a,
+        b,
+        c,
+        *(w.shape[0] for w in weights),
+        norm.eps,
+        BIAS=biases[0] is not None,
+        **meta,
+    )
+    return a, b, c
+
+
+def norm_gated(
+    x: Tensor, norm: Norm, gate: Tensor, up: Tensor, *, config: VectorConfig | None = None, impl: str = "auto"
+) -> Tensor:
+    """`silu(gate @ y) * (up @ y)` of one normalised token y: `x [H]`, `gate, up [F, H]` → `[F]`."""
+    if not _triton(x, impl):
+        normed = norm(x)
+        return F.silu(F.linear(normed, gate)) * F.linear(normed, up)
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    config, meta = _launch("gated", gate, config)
+    n = gate.shape[0]
+    out = x.new_empty(n)
+    kernels.gated_kernel[(triton.cdiv(n, config.rows),)](x, norm.weight, gate, up, out, n, norm.eps, **meta)
+    return out
+
+
+def tune_vectors(kind: str, weights: list[Tensor], run: Callable[[int, VectorConfig], object]) -> VectorConfig:
+    """Keep the fastest configuration for a kind of product ("vector", "three", "gated") and a shape; CUDA only.
+
+    `run(i, config)` makes the product with `weights[i]`, all of one shape; using several keeps the measurement out of
+    the cache. A shape that was tuned before is not timed again.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    key = _key(kind, weights[0])
+    if key in _TUNED:
+        return _TUNED[key]
+    best: tuple[float, VectorConfig] | None = None
+    for config in VECTOR_CONFIGS:
+        try:
+            run(0, config)
+        except OutOfResources:
+            continue
+        torch.cuda.synchronize(weights[0].device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(len(weights)):
+                run(i, config)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        graph.replay()
+        start.record()
+        for _ in range(3):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end)
+        if best is None or elapsed < best[0]:
+            best = (elapsed, config)
+    if best is None:
+        raise RuntimeError(f"no launch configuration fits the device for {key}")
+    _TUNED[key] = best[1]
+    return best[1]

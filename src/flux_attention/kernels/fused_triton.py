@@ -1,0 +1,208 @@
+"""The elementwise work around attention, and matrix-vector products with it folded in, in triton.
+
+Imported only when an op runs. Variables: `i_` index, `o_` offsets, `p_` pointer, `b_` block of values, `m_` mask.
+Arithmetic is float32; values are rounded where transformers rounds them, or later.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------ rows of tokens
+
+
+@triton.jit
+def rms_norm_kernel(
+    p_x, p_add, p_weight, p_out, p_sum, eps,
+    N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """A row of `p_out` is the normalised row of `p_x`, or of `p_x + p_add`, which then goes to `p_sum`."""
+    i_row = tl.program_id(0).to(tl.int64) * N
+    o = tl.arange(0, BLOCK)
+    m = o < N
+    b_x = tl.load(p_x + i_row + o, mask=m, other=0.0).to(tl.float32)
+    if ADD:
+        b_x += tl.load(p_add + i_row + o, mask=m, other=0.0).to(tl.float32)
+        b_rounded = b_x.to(p_sum.dtype.element_ty)
+        tl.store(p_sum + i_row + o, b_rounded, mask=m)
+        b_x = b_rounded.to(tl.float32)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, 0) / N + eps)
+    b_weight = tl.load(p_weight + o, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + i_row + o, (b_x * b_weight).to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def silu_mul_kernel(p_gate, p_up, p_out, n, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    b_gate = tl.load(p_gate + o, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + o, (b_gate * tl.sigmoid(b_gate) * b_up).to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _rotated(
+    p_x, o_x, m_x, p_cos, p_sin, p_weight, eps,
+    HALF: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Heads at offsets `o_x [H, 1]`, normalised and rotated: their two halves `[H, HALF]`, float32."""
+    o_d = tl.arange(0, HALF)[None, :]
+    b_1 = tl.load(p_x + o_x + o_d, mask=m_x, other=0.0).to(tl.float32)
+    b_2 = tl.load(p_x + o_x + HALF + o_d, mask=m_x, other=0.0).to(tl.float32)
+    if NORM:
+        b_scale = tl.rsqrt((tl.sum(b_1 * b_1, 1) + tl.sum(b_2 * b_2, 1)) / (2 * HALF) + eps)[:, None]
+        b_1 = b_1 * b_scale * tl.load(p_weight + o_d).to(tl.float32)
+        b_2 = b_2 * b_scale * tl.load(p_weight + HALF + o_d).to(tl.float32)
+    b_cos1, b_sin1 = tl.load(p_cos + o_d).to(tl.float32), tl.load(p_sin + o_d).to(tl.float32)
+    b_cos2, b_sin2 = tl.load(p_cos + HALF + o_d).to(tl.float32), tl.load(p_sin + HALF + o_d).to(tl.float32)
+    return b_1 * b_cos1 - b_2 * b_sin1, b_2 * b_cos2 + b_1 * b_sin2
+
+
+@triton.jit
+def rotary_kernel(
+    p_q, p_k, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_out, eps,
+    HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Queries `[N, HQ * D]` and keys `[N, HK * D]`, their heads normalised and rotated. A program takes HEADS heads."""
+    i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    D: tl.constexpr = 2 * HALF
+    QUERY_PROGRAMS: tl.constexpr = (HQ + HEADS - 1) // HEADS
+    p_c, p_s = p_cos + i_t * D, p_sin + i_t * D
+    o_d = tl.arange(0, HALF)[None, :]
+    if i_h < QUERY_PROGRAMS:
+        o_h = i_h * HEADS + tl.arange(0, HEADS)[:, None]
+        m_h, o_x = o_h < HQ, (i_t * HQ + o_h) * D
+        b_1, b_2 = _rotated(p_q, o_x, m_h, p_c, p_s, p_q_weight, eps, HALF, NORM)
+        tl.store(p_q_out + o_x + o_d, b_1.to(p_q_out.dtype.element_ty), mask=m_h)
+        tl.store(p_q_out + o_x + HALF + o_d, b_2.to(p_q_out.dtype.element_ty), mask=m_h)
+    else:
+        o_h = (i_h - QUERY_PROGRAMS) * HEADS + tl.arange(0, HEADS)[:, None]
+        m_h, o_x = o_h < HK, (i_t * HK + o_h) * D
+        b_1, b_2 = _rotated(p_k, o_x, m_h, p_c, p_s, p_k_weight, eps, HALF, NORM)
+        tl.store(p_k_out + o_x + o_d, b_1.to(p_k_out.dtype.element_ty), mask=m_h)
+        tl.store(p_k_out + o_x + HALF + o_d, b_2.to(p_k_out.dtype.element_ty), mask=m_h)
+
+
+@triton.jit(do_not_specialize=["stride_table"])
+def rotary_append_kernel(
+    p_q, p_k, p_v, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_pages, p_v_pages, p_table, p_count, eps,
+    stride_table, stride_p, stride_t, stride_h,
+    HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """One token a row: its queries rotated to `p_q_out`, its keys and values put behind the row's keys in its pages."""
+    i_s, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    D: tl.constexpr = 2 * HALF
+    p_c, p_s = p_cos + i_s * D, p_sin + i_s * D
+    o_d = tl.arange(0, HALF)[None, :]
+    o_0 = tl.zeros([1, 1], tl.int64)
+    m_all = o_0 == 0
+    if i_h < HQ:
+        o_x = o_0 + (i_s * HQ + i_h) * D
+        b_1, b_2 = _rotated(p_q, o_x, m_all, p_c, p_s, p_q_weight, eps, HALF, NORM)
+        tl.store(p_q_out + o_x + o_d, b_1.to(p_q_out.dtype.element_ty))
+        tl.store(p_q_out + o_x + HALF + o_d, b_2.to(p_q_out.dtype.element_ty))
+    else:
+        i_k = i_h - HQ
+        n = tl.load(p_count + i_s)
+        i_page = tl.load(p_table + i_s * stride_table + n // PAGE).to(tl.int64)
+        o_out = i_page * stride_p + (n % PAGE).to(tl.int64) * stride_t + o_d
+        if i_k < HK:
+            o_x = o_0 + (i_s * HK + i_k) * D
+            b_1, b_2 = _rotated(p_k, o_x, m_all, p_c, p_s, p_k_weight, eps, HALF, NORM)
+            tl.store(p_k_pages + i_k * stride_h + o_out, b_1.to(p_k_pages.dtype.element_ty))
+            tl.store(p_k_pages + i_k * stride_h + o_out + HALF, b_2.to(p_k_pages.dtype.element_ty))
+        else:
+            i_v = i_k - HK
+            p_row = p_v + (i_s * HK + i_v) * D
+            tl.store(p_v_pages + i_v * stride_h + o_out, tl.load(p_row + o_d))
+            tl.store(p_v_pages + i_v * stride_h + o_out + HALF, tl.load(p_row + HALF + o_d))
+
+
+# ------------------------------------------------------------------------------------------------ one token
+
+
+@triton.jit
+def _products(
+    p_x, p_norm, p_weight, o_n, m_n, eps,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Products of rows `o_n` of a weight `[N, K]` with the vector `p_x [K]`, normalised first if NORM; float32 `[BN]`.
+
+    The norm's scale is applied to the products, so that no load of a weight waits for it.
+    """
+    b_acc = tl.zeros([BN, BK], tl.float32)
+    b_square = tl.zeros([BK], tl.float32)
+    p_rows = p_weight + o_n.to(tl.int64)[:, None] * K
+    for i in tl.static_range((K + BK - 1) // BK):
+        o_k = i * BK + tl.arange(0, BK)
+        if K % BK == 0:
+            b_w = tl.load(p_rows + o_k[None, :], mask=m_n[:, None], other=0.0)
+            b_x = tl.load(p_x + o_k).to(tl.float32)
+        else:
+            b_w = tl.load(p_rows + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+            b_x = tl.load(p_x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        if NORM:
+            b_square += b_x * b_x
+            b_x *= tl.load(p_norm + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        b_acc += b_w.to(tl.float32) * b_x[None, :]
+    b_out = tl.sum(b_acc, 1)
+    if NORM:
+        b_out *= tl.rsqrt(tl.sum(b_square, 0) / K + eps)
+    return b_out
+
+
+@triton.jit
+def _vector(
+    p_x, p_norm, p_weight, p_bias, p_add, p_out, i_n, n, eps,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    b_out = _products(p_x, p_norm, p_weight, o_n, m_n, eps, K, BN, BK, NORM)
+    if BIAS:
+        b_out += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
+    if ADD:
+        b_out += tl.load(p_add + o_n, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(p_out + o_n, b_out.to(p_out.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def vector_kernel(
+    p_x, p_norm, p_weight, p_bias, p_add, p_out, n, eps,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """`weight [n, K] @ x + bias + add`, x normalised first if NORM."""
+    _vector(p_x, p_norm, p_weight, p_bias, p_add, p_out, tl.program_id(0), n, eps, K, BN, BK, NORM, BIAS, ADD)
+
+
+@triton.jit
+def three_kernel(
+    p_x, p_norm, p_weight_a, p_weight_b, p_weight_c, p_bias_a, p_bias_b, p_bias_c, p_out_a, p_out_b, p_out_c,
+    n_a, n_b, n_c, eps,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Three products of one normalised vector in one launch: queries, keys and values."""
+    i = tl.program_id(0)
+    i_b = i - (n_a + BN - 1) // BN
+    i_c = i_b - (n_b + BN - 1) // BN
+    # Written out three times: a pointer chosen at run time would lose its alignment, and with it the wide loads.
+    if i_b < 0:
+        _vector(p_x, p_norm, p_weight_a, p_bias_a, p_x, p_out_a, i, n_a, eps, K, BN, BK, True, BIAS, False)
+    elif i_c < 0:
+        _vector(p_x, p_norm, p_weight_b, p_bias_b, p_x, p_out_b, i_b, n_b, eps, K, BN, BK, True, BIAS, False)
+    else:
+        _vector(p_x, p_norm, p_weight_c, p_bias_c, p_x, p_out_c, i_c, n_c, eps, K, BN, BK, True, BIAS, False)
+
+
+@triton.jit
+def gated_kernel(
+    p_x, p_norm, p_gate, p_up, p_out, n, eps,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`silu(gate @ x) * (up @ x)` of one normalised vector."""
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    b_gate = _products(p_x, p_norm, p_gate, o_n, m_n, eps, K, BN, BK, True)
+    b_up = _products(p_x, p_norm, p_up, o_n, m_n, eps, K, BN, BK, True)
+    tl.store(p_out + o_n, (b_gate * tl.sigmoid(b_gate) * b_up).to(p_out.dtype.element_ty), mask=m_n)

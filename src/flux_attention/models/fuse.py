@@ -1,0 +1,255 @@
+"""Run the layers of an attached model with their elementwise work folded together, and take that off again.
+
+`fuse` gives decoder layers, their attention, the last norm and the output projection forward functions of their own on
+the *instance*; `remove` deletes them, and the model's methods are back. Weights, classes and modules stay as they are.
+The forward functions serve inference: under gradients, and in a layer that somebody has put hooks into, the model's own
+code runs.
+
+Shapes: `B` rows, `T` tokens, `H` hidden size, `Hq`, `Hk` heads, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flux_attention.kernels import fused
+from flux_attention.kernels.fused import Norm, VectorConfig
+
+if TYPE_CHECKING:
+    from flux_attention.models.attach import FluxAttention
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def why_not(controller: FluxAttention) -> str | None:
+    """Reason why the layers of this model cannot be fused, or None."""
+    config = controller.decoder.config
+    if not controller.family.fusable:
+        return f"the layers of {config.model_type} models are not of the plain pre-norm kind"
+    if len(controller.layers) != config.num_hidden_layers:
+        return "some of its layers are not routable"
+    backbone = controller.config.backbone
+    assert backbone is not None
+    if backbone.head_dim & (backbone.head_dim - 1):
+        return f"head dim {backbone.head_dim} is not a power of two"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its MLPs use {config.hidden_act}, not silu"
+    for module in controller.decoder.modules():
+        if "forward" in vars(module):
+            return f"a {type(module).__name__} has a forward function of its own already (accelerate's hooks?)"
+    for layer in controller.decoder.layers:
+        linears = [getattr(layer.self_attn, name) for name in _PROJECTIONS] + [getattr(layer.mlp, n) for n in _GATED]
+        odd = next((m for m in linears if type(m) is not nn.Linear), None)
+        if odd is not None:
+            return f"its projections are {type(odd).__name__}, not Linear (quantised, or an adapter)"
+        if not all(m.weight.is_contiguous() for m in linears):
+            return "its projections are not contiguous"
+    return None
+
+
+class Fusion:
+    """Fused forward functions on one attached model; made by `fuse`, ended by `remove`."""
+
+    def __init__(self, controller: FluxAttention) -> None:
+        self.controller = controller
+        self.layers = [_Layer(controller, layer, index) for index, layer in enumerate(controller.decoder.layers)]
+        self._changed: list[Any] = []
+        for fused_layer in self.layers:
+            self._set(fused_layer.layer, fused_layer.forward)
+            self._set(fused_layer.attention, fused_layer.attend)
+            # Read by the router's pooling; the attention itself folds it into the rotary embedding.
+            if fused_layer.q_norm is not None:
+                self._set_norm(fused_layer.attention.q_norm)
+        self._set_norm(controller.decoder.norm)
+        head: Any = controller.model.get_output_embeddings()
+        if type(head) is nn.Linear and "forward" not in vars(head) and head.weight.is_contiguous():
+            self._set(head, lambda hidden: _project(head, hidden))
+
+    def _set(self, module: Any, forward: Callable[..., Any]) -> None:
+        # nn.Module types `forward` as a method; an instance attribute comes before it, and hooks still run.
+        vars(module)["forward"] = forward
+        self._changed.append(module)
+
+    def _set_norm(self, module: Any) -> None:
+        norm = _norm(module)
+        self._set(module, lambda x: _own(module, x) if torch.is_grad_enabled() else fused.rms_norm(x, norm))
+
+    def remove(self) -> None:
+        for module in self._changed:
+            del vars(module)["forward"]
+        self._changed = []
+
+    def tune(self) -> None:
+        """Time the launch configurations of the one-token products on these weights, once per shape; CUDA only."""
+        some = self.layers[:8]
+        attentions, mlps = [x.attention for x in some], [x.layer.mlp for x in some]
+        weight = attentions[0].q_proj.weight
+        x = torch.randn(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        fused.tune_vectors(
+            "three",
+            [a.q_proj.weight for a in attentions],
+            lambda i, c: fused.norm_three(x, some[i].first, *some[i].three(), config=c),
+        )
+        fused.tune_vectors(
+            "gated",
+            [m.gate_proj.weight for m in mlps],
+            lambda i, c: fused.norm_gated(
+                x, some[i].second, mlps[i].gate_proj.weight, mlps[i].up_proj.weight, config=c
+            ),
+        )
+        head: Any = self.controller.model.get_output_embeddings()
+        outputs = ([a.o_proj.weight for a in attentions], [m.down_proj.weight for m in mlps], [head.weight])
+        for weights in outputs:
+            y = torch.randn(weights[0].shape[1], dtype=weight.dtype, device=weight.device)
+            fused.tune_vectors("vector", weights, partial(_vector, y, weights))
+
+
+def fuse(controller: FluxAttention) -> Fusion:
+    """Fuse an attached model's layers. Raises ValueError with the reason where they cannot be."""
+    reason = why_not(controller)
+    if reason is not None:
+        raise ValueError(f"this model cannot be fused: {reason}. attach(model, adapter, fuse=False) leaves it as it is")
+    return Fusion(controller)
+
+
+class _Layer:
+    """One decoder layer: norm, attention, add, norm, gated MLP, add."""
+
+    def __init__(self, controller: FluxAttention, layer: Any, index: int) -> None:
+        self.controller, self.layer, self.index = controller, layer, index
+        self.attention: Any = layer.self_attn
+        self.first, self.second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        norms = (getattr(self.attention, name, None) for name in ("q_norm", "k_norm"))
+        self.q_norm, self.k_norm = (None if norm is None else _norm(norm) for norm in norms)
+        # The attention itself carries the controller's own hook, which has nothing to do in a decode step.
+        self._inner = [m for m in layer.modules() if m not in (layer, self.attention)]
+
+    @property
+    def _hooked(self) -> bool:
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._inner) or bool(self.attention._forward_hooks)
+
+    def three(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Weights and biases of the projections to queries, keys and values."""
+        q, k, v = self.attention.q_proj, self.attention.k_proj, self.attention.v_proj
+        return (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
+
+    def gate_up(self) -> tuple[Tensor, Tensor]:
+        """Weights of the MLP's two projections up."""
+        return self.layer.mlp.gate_proj.weight, self.layer.mlp.up_proj.weight
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`[B, T, H]` → `[B, T, H]`; arguments as transformers passes them."""
+        arguments = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": position_embeddings,
+            **kwargs,
+        }
+        if torch.is_grad_enabled() or self._hooked:
+            out: Tensor = _own(self.layer, hidden_states, **arguments)
+            return out
+        assert position_embeddings is not None
+        if hidden_states.shape[:2] == (1, 1) and self.controller.decodes:
+            return self._one_token(hidden_states.flatten(), position_embeddings)[None, None]
+        mlp = self.layer.mlp
+        normed = fused.rms_norm(hidden_states, self.first)
+        attended, _ = self.attention(hidden_states=normed, **arguments)
+        del normed
+        normed, total = fused.add_rms_norm(attended, hidden_states, self.second)
+        del attended
+        gated = fused.silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed))
+        # `total` is this layer's own, so the product is added where it lies.
+        total.flatten(0, 1).addmm_(gated.flatten(0, 1), mlp.down_proj.weight.t())
+        return total if mlp.down_proj.bias is None else total.add_(mlp.down_proj.bias)
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """The attention module, `[B, T, H]` → `[B, T, H]`."""
+        module = self.attention
+        if torch.is_grad_enabled() or self._hooked:
+            out: tuple[Tensor, None] = _own(
+                module,
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            return out
+        batch, columns, _ = hidden_states.shape
+        q, k, v = (project(hidden_states).flatten(0, 1) for project in (module.q_proj, module.k_proj, module.v_proj))
+        cos, sin = (_per_token(x, batch, columns) for x in position_embeddings)
+        if self.controller.decodes:
+            attended = self._decode(q, k, v, cos, sin)
+        else:
+            q, k = fused.rotary(q, k, cos, sin, module.head_dim, self.q_norm, self.k_norm)
+            q, k, v = (x.view(batch, columns, -1, module.head_dim).transpose(1, 2) for x in (q, k, v))
+            attended = self.controller.attend(self.index, q, k, v, module.scaling)
+        projected: Tensor = module.o_proj(attended.reshape(batch, columns, -1))
+        return projected, None
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One token a row, `q [B, Hq * D]`, `k, v [B, Hk * D]` → `[B, Hq, D]`."""
+
+        def append(keys: Tensor, values: Tensor, table: Tensor, counts: Tensor) -> Tensor:
+            return fused.rotary_append(q, k, v, cos, sin, keys, values, table, counts, self.q_norm, self.k_norm)
+
+        return self.controller.decode(self.index, append, self.attention.scaling)
+
+    def _one_token(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """A whole layer for a single token `x [H]`, in seven launches."""
+        q, k, v = (y[None] for y in fused.norm_three(x, self.first, *self.three()))
+        cos, sin = (_per_token(y, 1, 1) for y in position_embeddings)
+        attended = self._decode(q, k, v, cos, sin).flatten()
+        out, down = self.attention.o_proj, self.layer.mlp.down_proj
+        total = fused.vector(attended, out.weight, bias=out.bias, add=x)
+        gated = fused.norm_gated(total, self.second, *self.gate_up())
+        return fused.vector(gated, down.weight, bias=down.bias, add=total)
+
+
+def _vector(x: Tensor, weights: list[Tensor], i: int, config: VectorConfig) -> Tensor:
+    return fused.vector(x, weights[i], config=config)
+
+
+def _own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward method of the module's class."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
+
+
+def _project(head: nn.Linear, hidden: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or hidden.numel() != head.in_features:
+        out: Tensor = _own(head, hidden)
+        return out
+    return fused.vector(hidden.flatten(), head.weight, bias=head.bias).view(*hidden.shape[:-1], -1)
+
+
+def _per_token(x: Tensor, batch: int, columns: int) -> Tensor:
+    """`[1 or B, T, D]` → `[B * T, D]`."""
+    return x.expand(batch, columns, x.shape[-1]).reshape(batch * columns, -1)

@@ -1,0 +1,118 @@
+"""Fused layers against the model's own: the same logits, the same tokens, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flux_attention.generation import generate
+from flux_attention.models.attach import attach, detach
+from flux_attention.models.families import FAMILIES as ROWS
+from flux_attention.route import Dense, Fixed
+from tests.models.test_attach import logits_of, worst
+from tests.models.tiny import CONFIG, FAMILIES, left_pad, make_model, make_prompts, mixed_route
+
+FUSABLE = [name for name in FAMILIES if name in ROWS and ROWS[name].fusable]
+LENGTHS = (150, 111, 73)
+TOLERANCE = 1e-4
+
+
+def biased(model: nn.Module) -> nn.Module:
+    """Biases and norms start at values that hide their absence."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("family", FUSABLE)
+@torch.no_grad()
+def test_logits_are_the_models(family):
+    model = biased(make_model(family))
+    ids, mask = left_pad(make_prompts(*LENGTHS))
+    expected = logits_of(model, ids, mask)
+    controller = attach(model, CONFIG, fuse=True)
+    with controller.using(Dense()):
+        assert worst(logits_of(model, ids, mask), expected, mask) <= TOLERANCE
+    detach(model)
+    assert torch.equal(logits_of(model, ids, mask), expected)
+
+
+@pytest.mark.parametrize("family", FUSABLE)
+@pytest.mark.parametrize("lengths", [(150,), LENGTHS])
+def test_tokens_are_the_models(family, lengths):
+    """One row takes the one-token path, several rows the other."""
+    model = biased(make_model(family))
+    model.generation_config.eos_token_id = None
+    prompts = make_prompts(*lengths)
+    found = []
+    for fuse in (False, True):
+        controller = attach(model, CONFIG, fuse=fuse)
+        assert (controller.fusion is not None) == fuse
+        route = mixed_route(len(controller.layers), len(lengths))
+        found.append(generate(model, prompts, max_new_tokens=40, route=route, chunk_tokens=64).tokens)
+        ids, mask = left_pad(prompts)
+        with controller.using(Fixed(route)):
+            again = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+        assert again[:, max(lengths) :].tolist() == found[-1]
+        detach(model)
+    assert found[0] == found[1]
+
+
+def test_nothing_is_left_behind():
+    model = make_model("qwen3")
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    attach(model, CONFIG, fuse=True)
+    assert any("forward" in vars(module) for module in model.modules())
+    detach(model)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+
+
+def test_gradients_and_hooks_take_the_models_own_code(monkeypatch):
+    model = make_model("qwen3")
+    controller = attach(model, CONFIG, fuse=True)
+    assert controller.fusion is not None
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("fused code ran")
+
+    for name in ("rms_norm", "add_rms_norm", "silu_mul", "rotary"):
+        monkeypatch.setattr(f"flux_attention.kernels.fused.{name}", refuse)
+    ids = make_prompts(40)[0][None]
+    model(ids, use_cache=False).logits.sum().backward()
+    with torch.no_grad(), pytest.raises(AssertionError, match="fused code ran"):
+        model(ids, use_cache=False)
+    seen = []
+    handles = [
+        layer.mlp.down_proj.register_forward_hook(lambda *_: seen.append(1)) for layer in controller.decoder.layers
+    ]
+    monkeypatch.setattr("flux_attention.kernels.fused.rms_norm", lambda x, norm: norm(x))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    assert len(seen) == len(controller.decoder.layers)
+    for handle in handles:
+        handle.remove()
+
+
+def test_what_cannot_be_fused_is_refused():
+    for family in ("gemma3", "qwen3_moe"):
+        model = make_model(family)
+        with pytest.raises(ValueError, match=r"cannot be fused.*fuse=False"):
+            attach(model, CONFIG, fuse=True)
+        # A refused attach leaves nothing attached.
+        attach(model, CONFIG)
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.forward = model.model.layers[1].mlp.up_proj.forward
+    with pytest.raises(ValueError, match="forward function of its own"):
+        attach(model, CONFIG, fuse=True)
+    model = make_model("llama")
+    model.model.layers[2].self_attn.k_proj = nn.Sequential(model.model.layers[2].self_attn.k_proj)
+    with pytest.raises(ValueError, match="Sequential, not Linear"):
+        attach(model, CONFIG, fuse=True)

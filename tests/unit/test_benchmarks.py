@@ -1,0 +1,70 @@
+"""The benchmarks run at toy sizes, check themselves, and write results files that the plots can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(program: str, *arguments: str) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *arguments]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+def figures(folder: Path) -> dict[str, float]:
+    (path,) = folder.glob("*.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["commit"] == "abc" and data["device"] and data["date"]
+    return {figure["name"]: figure["value"] for figure in data["figures"]}
+
+
+@pytest.mark.parametrize(
+    ("program", "sections", "expected"),
+    [
+        ("kernels.py", "dense,streaming,decode,xattn,fuzz", ["prefill_full_4k_vs_fa4", "kernel_fuzz_shapes_quick"]),
+        (
+            "end_to_end.py",
+            "memory,decode,routing,prefill",
+            [
+                "prefill_speedup_4k_q75_of_ideal",
+                "decode_speedup_2k_q75",
+                "kv_bytes_2k_q75_vs_dense",
+                "routing_probe_ms",
+            ],
+        ),
+    ],
+)
+def test_toy_run(tmp_path, program, sections, expected):
+    output = run(
+        program, "--tiny", "--device", "cpu", "--sections", sections, "--out", str(tmp_path), "--commit", "abc"
+    )
+    assert "FAILED" not in output
+    found = figures(tmp_path)
+    # A failed check would have put "unchecked_" before every name.
+    assert set(expected) <= set(found)
+    assert all(value > 0 for name, value in found.items() if name != "routing_inline_ms")
+
+
+def test_plots_show_what_the_files_hold(tmp_path):
+    pytest.importorskip("matplotlib")
+    results, out = tmp_path / "results", tmp_path / "figures"
+    for i, (program, *more) in enumerate((("end_to_end.py", "--sections", "sweep"), ("head_level.py",))):
+        folder = results / str(i)
+        run(program, "--tiny", "--device", "cpu", "--out", str(folder), "--commit", "abc", *more)
+        figures(folder)
+        (path,) = folder.glob("*.json")
+        path.rename(results / f"{i}.json")
+        folder.rmdir()
+    made = run("plots.py", "--results", str(results), "--out", str(out)).split()
+    assert [Path(path).name for path in made] == ["prefill.svg", "decode.svg", "head_level.svg"]
+    assert all("<svg" in Path(path).read_text(encoding="utf-8") for path in made)
