@@ -135,3 +135,10 @@ def test_inline_routing(start, tiny):
 
     with pytest.raises(VLLMValidationError, match="routes inline"):
         generate(llm, [Ask(asks[0].prompt, (("flux_max_sparsity", 0.5),))])
+
+
+def test_compiled_model(start, tiny):
+    """Routing sits outside of what is compiled; the probe runs the same modules eagerly."""
+    llm = start(tiny, enforce_eager=False, max_num_batched_tokens=128, max_model_len=1024, enable_prefix_caching=True)
+    asks = mixed_asks(tiny, random_ids(4000), LENGTHS[-9:], tokens=20)
+    assert max(differences(tiny, asks, generate(llm, asks))) < TOLERANCE

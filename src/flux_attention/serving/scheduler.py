@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -128,7 +129,9 @@ class RoutedScheduling(_Mixed):
         return outputs
 
     def get_num_unfinished_requests(self) -> int:
-        return super().get_num_unfinished_requests() + len(self._unrouted)
+        unfinished: int = super().get_num_unfinished_requests()
+        # A paused engine counts no waiting request, lest it go on stepping for nothing.
+        return unfinished + (len(self._unrouted) if self.pause_state == PauseState.UNPAUSED else 0)
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         delayed, params = super()._connector_finished(request)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from flux_attention.serving.batch import BatchRoutes, InlineRouting
 from flux_attention.serving.bundles import plan
@@ -76,7 +77,7 @@ class RoutedWorker(_Mixed):
         if not self._scores:
             return output
         scores, self._scores = self._scores, {}
-        if hasattr(output, "get_output"):
+        if isinstance(output, AsyncModelRunnerOutput):
             return _AsyncOutput(output, scores)
         return _scored(output, scores)
 
@@ -88,7 +89,7 @@ def _scored(output: Any, scores: dict[str, list[float]]) -> Any:
     return output
 
 
-class _AsyncOutput:
+class _AsyncOutput(AsyncModelRunnerOutput):
     """An output still on the device, which gets the scores when it arrives."""
 
     def __init__(self, inner: Any, scores: dict[str, list[float]]) -> None:
