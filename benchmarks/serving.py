@@ -29,7 +29,7 @@ from tests.serving import harness
 from tests.serving.harness import Ask, Engines, differences, free_blocks, generate, mixed_asks, random_ids, scheduler
 
 # Around sinks + window (640), over block boundaries, several chunks of 512 tokens.
-LENGTHS = (660, 300, 641, 700, 5, 769, 897, 800, 640, 33, 650, 1025, 1100, 150, 64, 1281)
+LENGTHS = (660, 300, 641, 700, 5, 769, 897, 656, 640, 33, 650, 800, 1025, 150, 64, 1281)
 Q75 = tuple(layer for layer in range(36) if layer % 4 != 3)
 BUNDLES = [*[list(Q75[i::3]) for i in range(3)], [layer for layer in range(36) if layer % 4 == 3]]
 
@@ -48,13 +48,20 @@ def text_ids(reference: harness.Reference) -> list[int]:
 def exactness(recorder: Recorder) -> None:
     """Mixed batches of SmolLM2 against the transformers path: chunked, cached, preempted, beside aborts, parallel."""
     reference = harness.smollm2()
-    asks = mixed_asks(reference, text_ids(reference), LENGTHS)
+    ids = text_ids(reference)
+    asks = mixed_asks(reference, ids, LENGTHS)
     found: dict[str, list[float]] = {}
+
+    def compare(case: str, llm: Any, asks: Sequence[Ask]) -> list[Any]:
+        outputs = generate(llm, asks)
+        found[case] = differences(reference, asks, outputs)
+        recorder.note(f"dlogp_{case}", max(found[case]))
+        return outputs
+
     with Engines() as engines:
         llm = engines.start(reference, max_num_batched_tokens=512, enable_prefix_caching=True)
-        found["chunked"] = differences(reference, asks, generate(llm, asks))
-        warm = generate(llm, asks)
-        found["warm_prefix_cache"] = differences(reference, asks, warm)
+        compare("chunked", llm, asks)
+        warm = compare("warm_prefix_cache", llm, asks)
         if not sum(output.num_cached_tokens > 0 for output in warm):
             raise RuntimeError("no request found its prefix in the cache")
         engine = llm.llm_engine
@@ -62,19 +69,20 @@ def exactness(recorder: Recorder) -> None:
             engine.add_request(f"gone-{i}", {"prompt_token_ids": list(ask.prompt[::-1])}, ask.parameters())
         engine.step()
         engine.abort_request([f"gone-{i}" for i in range(len(asks))])
-        found["after_aborts"] = differences(reference, asks, generate(llm, asks))
+        compare("after_aborts", llm, asks)
         if free_blocks(llm)[0] != free_blocks(llm)[1]:
             raise RuntimeError("blocks are missing after aborts")
-        # 30 groups of one layer; a request of 1,281 tokens needs 330 blocks dense.
-        llm = engines.start(reference, max_num_batched_tokens=512, num_gpu_blocks_override=700)
-        found["preempted"] = differences(reference, asks, generate(llm, asks))
-        if not sum(harness.preemptions(llm)):
+        # Four tokens below a block boundary: 180 blocks each, in 30 groups, so that four requests fill the pool, and
+        # all of them want more at the same step.
+        edge = [replace(ask, prompt=tuple(ids[i * 500 : i * 500 + 764])) for i, ask in enumerate(asks[:8])]
+        llm = engines.start(reference, max_num_batched_tokens=512, num_gpu_blocks_override=740)
+        compare("preempted", llm, edge)
+        recorder.note("preemptions", sum(harness.preemptions(llm)))
+        if not recorder.details["preemptions"]:
             raise RuntimeError("the pool was large enough for all: nothing was preempted")
         # Its 9 query and 3 key heads divide among three.
         llm = engines.start(reference, tensor_parallel_size=3, max_num_batched_tokens=512, kv_cache_memory_bytes=2**30)
-        found["tensor_parallel_3"] = differences(reference, asks, generate(llm, asks))
-    for case, values in found.items():
-        recorder.note(f"dlogp_{case}", max(values))
+        compare("tensor_parallel_3", llm, asks)
     recorder.note("requests", sum(map(len, found.values())))
     recorder.add("vllm_cpu_max_dlogp", max(max(values) for values in found.values()), "nat")
     if recorder.figures["vllm_cpu_max_dlogp"].value > harness.TOLERANCE:

@@ -8,7 +8,6 @@ salted with the route before the first lookup.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,12 @@ class RoutedScheduling(_Mixed):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_version()
         super().__init__(*args, **kwargs)
+        if self.scheduler_config.async_scheduling != isinstance(self, AsyncScheduler):
+            raise ValueError(
+                f"{type(self).__name__} is not for an engine with async_scheduling="
+                f"{self.scheduler_config.async_scheduling}: FluxAsyncScheduler schedules a step ahead, FluxScheduler "
+                "does not"
+            )
         self.flux = Deployment.of(self.vllm_config)
         self.flux_routes: dict[str, tuple[bool, ...]] = {}
         self.flux_telemetry = Telemetry(self.vllm_config, self.flux.layers)
@@ -101,7 +106,6 @@ class RoutedScheduling(_Mixed):
     # ------------------------------------------------------------------ the engine's step
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
         output = super().schedule(*args, **kwargs)
         wanted = [r for r in self._unrouted if r not in self._probing][: self.flux.options.probe_batch]
         if wanted:
@@ -109,11 +113,9 @@ class RoutedScheduling(_Mixed):
             pool = self.flux.config.pool_tokens
             probes = {r: probe_ends(self._unrouted[r].prompt_token_ids, pool) for r in wanted}
             setattr(output, PROBES, probes)
-        self.flux_telemetry.schedule_seconds += time.perf_counter() - started
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        started = time.perf_counter()
         for request_id, p_full in getattr(model_runner_output, SCORES, {}).items():
             self._probing.discard(request_id)
             request = self._unrouted.pop(request_id, None)
@@ -123,10 +125,7 @@ class RoutedScheduling(_Mixed):
             elif self.flux.inline and request_id in self.requests:
                 self._decide(self.requests[request_id], p_full)
             # Else it was aborted meanwhile.
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self.flux_telemetry.steps += 1
-        self.flux_telemetry.schedule_seconds += time.perf_counter() - started
-        return outputs
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def get_num_unfinished_requests(self) -> int:
         unfinished: int = super().get_num_unfinished_requests()
@@ -169,20 +168,18 @@ class RoutedScheduling(_Mixed):
         A decoding request gets a block, caches one or gives some back only when it crosses a block boundary; asking
         every group at every token would cost more than the scheduler itself.
         """
-        manager = self.kv_cache_manager
-        plain = request.status == RequestStatus.RUNNING and not args and not any(kwargs.values())
-        if plain:
-            settled = self._settled.get(request.request_id)
-            computed = request.num_computed_tokens
-            tile = (computed - request.num_in_flight_tokens) // self.block_size
-            if settled is not None and computed + num_new_tokens < settled[0] and tile == settled[1]:
-                return manager.empty_kv_cache_blocks
+        if request.status != RequestStatus.RUNNING or args or any(kwargs.values()):
+            # Admitted, for the first time or again after preemption: what was settled is of another life.
+            self._settled.pop(request.request_id, None)
+            return self._allocate(request, num_new_tokens, *args, **kwargs)
+        size, computed = self.block_size, request.num_computed_tokens
+        tile = (computed - request.num_in_flight_tokens) // size
+        end, settled_tile = self._settled.get(request.request_id, (0, 0))
+        if computed + num_new_tokens < end and tile == settled_tile:
+            return self.kv_cache_manager.empty_kv_cache_blocks
         blocks = self._allocate(request, num_new_tokens, *args, **kwargs)
-        if plain and blocks is not None:
-            size = self.block_size
-            upto = request.num_computed_tokens + num_new_tokens
-            processed = request.num_computed_tokens - request.num_in_flight_tokens
-            self._settled[request.request_id] = (-(-upto // size) * size, processed // size)
+        if blocks is not None:
+            self._settled[request.request_id] = (-(-(computed + num_new_tokens) // size) * size, tile)
         return blocks
 
 

@@ -31,16 +31,9 @@ def report(use_full: Sequence[bool], held: int, dense: int) -> dict[str, Any]:
 
 
 class Telemetry:
-    """Counters of one engine; the metrics themselves are the process's.
-
-    Attributes:
-        schedule_seconds: time in the scheduler, vLLM's own part included.
-        steps: engine steps so far.
-    """
+    """Counters of one engine; the metrics themselves are the process's."""
 
     def __init__(self, vllm_config: Any, layers: int) -> None:
-        self.schedule_seconds = 0.0
-        self.steps = 0
         self._layers = layers
         names = vllm_config.model_config.served_model_name
         labels = {"model_name": names[0] if isinstance(names, list) else names}

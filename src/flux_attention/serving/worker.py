@@ -30,6 +30,8 @@ class RoutedWorker(_Mixed):
     def init_device(self) -> None:
         check_version()
         self.flux = Deployment.of(self.vllm_config)
+        if self.use_v2_model_runner:
+            raise ValueError("the plugin works with vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
