@@ -142,3 +142,8 @@ def test_compiled_model(start, tiny):
     llm = start(tiny, enforce_eager=False, max_num_batched_tokens=128, max_model_len=1024, enable_prefix_caching=True)
     asks = mixed_asks(tiny, random_ids(4000), LENGTHS[-9:], tokens=20)
     assert max(differences(tiny, asks, generate(llm, asks))) < TOLERANCE
+
+
+def test_an_adapter_of_another_model_is_refused(start, tiny):
+    with pytest.raises(ValueError, match="num_hidden_layers 30 ≠ 4"):
+        start(replace(tiny, adapter="smollm2-135m-instruct"))

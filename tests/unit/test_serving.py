@@ -302,3 +302,14 @@ def test_bundles_are_asked_for_or_found():
     tokenizer = make_tokenizer()
     assert plan(replace(options, kv_bundle=2), 4, 100, tokenizer, score) == ((1, 3), (0, 2))
     assert len(seen) == 24 and all(len(ends) == 200 for ends in seen)
+
+
+def test_the_command_names_the_way_out(monkeypatch, capsys):
+    from flux_attention.cli import main
+    from flux_attention.serving import launch
+
+    monkeypatch.setattr(launch, "check_version", lambda: check_version("0.30.0"))
+    with pytest.raises(SystemExit) as left:
+        main(["serve", "smollm2", "--adapter", "smollm2-135m-instruct", "--port", "1"])
+    assert left.value.code == 2
+    assert "vLLM 0.30.0 is not supported" in " ".join(capsys.readouterr().err.split())
