@@ -9,11 +9,12 @@ layers to make sparse long before it finds *which* layers, and stays behind a we
 are ranked first, and the router learns when to use which ranking.
 
 1. probe      pooled queries of some thousand prompts (200 tokens each), whitening of the router's input
-2. greedy     per group of tasks, layers made sparse one after the other at the least measured damage
-3. attribute  (optional, --mix) damage by layer of single samples, by gradients along the path full → sparse
-4. fit        routers against "the layers that this prompt's group can spare", on the cached features
-5. distill    (optional, --distill-steps) KL to the dense model through hard gates, Lagrangian on Ω
-6. evaluate   the reloaded adapter beside dense and the static splits, on held-out text
+2. search     per group of tasks, what each layer costs the right answer, by Thompson sampling over whole routes
+3. fit        routers against "the layers that this prompt's group can spare", on the cached features
+4. gates      (optional, --gate-steps) the published way: loss through sampled gates, Lagrangian on Ω
+5. evaluate   the reloaded adapter beside dense and the static splits, on held-out text
+
+Samples are made by processes before the GPU is touched; --samples keeps them in a file for another run or machine.
 """
 
 from __future__ import annotations
@@ -41,26 +42,28 @@ import torch
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
-from flux_attention.data import HOLISTIC, RETRIEVAL, TASK_CLASSES, TASKS, Sample, make_sample, training_tasks
+from flux_attention.data import RETRIEVAL, TASK_CLASSES, TASKS, Sample, make_sample, training_tasks
+from flux_attention.evaluation.sample_set import SampleSet
 from flux_attention.models.attach import FluxAttention, attach, detach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.route import Interleaved, PolicyContext, Static
-from flux_attention.training.damage import (
-    DamageMeter,
-    Greedy,
-    budget_targets,
-    counts_as_whole,
-    damage_positions,
-    greedy_ranking,
-    path_attribution,
-    rank_positions,
-    static_ranking,
-)
+from flux_attention.training.damage import DamageMeter, budget_targets, counts_as_whole, rank_positions
 from flux_attention.training.data import RouterDataset
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import initialise_bias
+from flux_attention.training.route_search import LayerCosts, search_routes
 from flux_attention.training.trainer import FeatureDataset, RouterTrainer, TrainConfig
 
+#: Kinds of need, each with its Ω: finding something, going on with a text, its gist, judging many examples. Prompts in
+#: free wording count several times: they are what users write.
+DEFAULT_GROUPS = (
+    # Searched on what a small model can answer at all: where it cannot, no layer matters.
+    f"{RETRIEVAL}:0.6:{RETRIEVAL},open_question,open_question,open_question,open_question"
+    ":niah_single_2,niah_multikey_1,niah_single_3,niah_two_queries,open_question",
+    "text:0.833:code_completion,prose_continuation",
+    "summary:0.833:module_summary,open_request,open_request:module_summary",
+    "aggregate:0.833:common_words,fewshot*",
+)
 EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_completion")
 
 
@@ -72,21 +75,28 @@ class Group:
         name: for the log.
         target: Ω of its prompts.
         tasks: names.
+        searched: those that its ranking is found on; () = all of them.
     """
 
     name: str
     target: float
     tasks: tuple[str, ...]
+    searched: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Group:
-        """`name:target:task,task,…`; a class name or a prefix ending in `*` stands for its training tasks."""
+        """`name:target:task,task,…[:searched,…]`; a class or a prefix ending in `*` stands for its training tasks."""
         parts = text.split(":")
-        if len(parts) != 3:
-            raise argparse.ArgumentTypeError(f"a group is name:target:task,task,…, got {text!r}")
+        if len(parts) not in (3, 4):
+            raise argparse.ArgumentTypeError(f"a group is name:target:task,task,…[:searched,…], got {text!r}")
+        tasks, searched = cls._tasks(parts[2]), cls._tasks(parts[3]) if len(parts) == 4 else ()
+        return cls(parts[0], float(parts[1]), tasks, searched)
+
+    @staticmethod
+    def _tasks(text: str) -> tuple[str, ...]:
         known = training_tasks()
         tasks: list[str] = []
-        for word in parts[2].split(","):
+        for word in text.split(","):
             if word in TASK_CLASSES:
                 tasks += [name for name, task in known.items() if task.task_class == word]
             elif word.endswith("*"):
@@ -95,7 +105,7 @@ class Group:
                 tasks.append(word)
             else:
                 raise argparse.ArgumentTypeError(f"{word!r} is no training task; they are {', '.join(known)}")
-        return cls(parts[0], float(parts[1]), tuple(tasks))
+        return tuple(tasks)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -106,38 +116,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--impl", default="sdpa", help="prefill kernel: auto, sdpa, flash4, flex")
     add("--seed", type=int, default=0)
-    add("--group", type=Group.parse, action="append", help="name:target:tasks; repeat; default: one for each class")
-    add("--retrieval-target", type=float, default=0.68, help="Ω of the default retrieval group")
-    add("--holistic-target", type=float, default=0.86, help="Ω of the default holistic group")
-    add("--fit-prompts", type=int, default=2400, help="prompts whose features the router is fitted on")
-    add("--greedy-samples", type=int, nargs="+", default=[24, 12], help="calibration samples, one or one a group")
-    add("--greedy-lengths", type=int, nargs="+", default=[1536, 2048])
-    add("--candidates", type=int, default=4, help="layers tried at each greedy step")
-    add("--jump", type=int, default=6, help="layers that greedy gives up at once")
-    add("--ranking", choices=("greedy", "single", "path"), default="greedy", help="how a group's layers are ranked")
-    add("--attribution-samples", type=int, default=200, help="with --mix or --ranking path")
-    add("--points", type=int, default=3, help="points of the attribution's path")
+    add("--group", type=Group.parse, action="append", help="name:target:tasks; repeat; default: DEFAULT_GROUPS")
+    add("--samples", type=Path, help="file with the samples, made when it is not there")
+    add("--prepare", action="store_true", help="only make that file, which needs no GPU")
+    add("--fit-prompts", type=int, default=4000, help="prompts whose features the router is fitted on")
+    add("--search-samples", type=int, nargs="+", default=[200, 50, 40, 40], help="one or one a group")
+    add("--search-lengths", type=int, nargs="+", default=[3072, 4096])
     add(
-        "--mix",
-        type=float,
-        nargs=3,
-        default=[1.0, 0.0, 0.0],
-        metavar=("GROUP", "TASK", "SAMPLE"),
-        help="weights of the group's ranking, the task's and the sample's attribution in a target",
+        "--measurements",
+        type=int,
+        nargs="+",
+        default=[1500, 300, 200, 150],
+        help="routed passes, one or one a group; 0 = the costs of the group before hold for this one, too",
     )
+    add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
+    add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
     add("--softness", type=float, default=1.0, help="of the targets around the budget, in ranks")
     add("--fit-steps", type=int, default=500)
     add("--fit-batch", type=int, default=256)
     add("--fit-lr", type=float, default=1e-3)
-    add("--init", choices=("damage", "full"), default="damage", help="initial bias: the mean ranking, or full")
+    add("--init", choices=("costs", "full"), default="costs", help="initial bias: the mean ranking, or full")
     add("--objective", choices=("distill", "lm"), default="distill", help="of the phase through gates")
-    add("--distill-steps", "--steps", type=int, default=0, help="steps through gates, after or instead of the fit")
-    add("--distill-batch", type=int, default=8)
-    add("--distill-lr", type=float, default=1e-4)
+    add("--gate-steps", type=int, default=0, help="steps through gates, after or instead of the fit")
+    add("--gate-batch", type=int, default=8)
+    add("--gate-lr", type=float, default=1e-4)
     add("--multiplier-lr", type=float, default=2e-2)
     add("--multiplier-start", type=float, default=0.25)
-    add("--distill-lengths", type=int, nargs="+", default=[1536, 2048, 3072, 4096])
-    add("--gumbel-noise", action="store_true", help="sample gates in the distill phase (the paper's way)")
+    add("--gate-lengths", type=int, nargs="+", default=[1536, 2048, 3072, 4096])
+    add("--gumbel-noise", action="store_true", help="sample gates (the paper's way)")
     add("--minutes-budget", type=float, default=10.0, help="the phase through gates is cut to stay within")
     add("--batch-tokens", type=int, default=65536, help="most tokens of a measuring pass")
     add("--static-shares", type=float, nargs="*", default=[0.7, 0.8, 0.9], help="Ω of the static splits compared with")
@@ -151,35 +157,33 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--card", type=Path, help="Markdown card written from the log")
     add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     options = parser.parse_args(arguments)
+    if options.prepare and options.samples is None:
+        parser.error("--prepare needs --samples, the file to make")
     if options.smoke:
         small = {
             "fit_prompts": 40,
-            "greedy_samples": [1],
-            "greedy_lengths": [800],
-            "candidates": 1,
-            "jump": 25,
+            "search_samples": [2],
+            "search_lengths": [800],
+            "measurements": [32],
+            "search_batch": 16,
             "fit_steps": 40,
             "fit_batch": 32,
-            "distill_steps": min(options.distill_steps, 2),
-            "distill_batch": 2,
-            "distill_lengths": [800],
+            "gate_steps": min(options.gate_steps, 2),
+            "gate_batch": 2,
+            "gate_lengths": [800],
             "eval_samples": 1,
             "eval_length": 800,
-            "attribution_samples": 4,
-            "points": 1,
             "static_shares": [],
         }
         for name, value in small.items():
             setattr(options, name, value)
-    options.group = options.group or [
-        Group.parse(f"{RETRIEVAL}:{options.retrieval_target}:{RETRIEVAL}"),
-        Group.parse(f"{HOLISTIC}:{options.holistic_target}:{HOLISTIC}"),
-    ]
-    if len(options.greedy_samples) not in (1, len(options.group)):
-        parser.error(f"--greedy-samples takes one number or one a group ({len(options.group)})")
-    options.greedy_samples = dict(
-        zip((g.name for g in options.group), options.greedy_samples * len(options.group), strict=False)
-    )
+    options.group = options.group or [Group.parse(text) for text in DEFAULT_GROUPS]
+    for name in ("search_samples", "measurements"):
+        values = getattr(options, name)
+        if len(values) not in (1, len(options.group)):
+            parser.error(f"--{name.replace('_', '-')} takes one number or one a group ({len(options.group)})")
+        names = [group.name for group in options.group]
+        setattr(options, name, dict(zip(names, values * len(names), strict=False)))
     return options
 
 
@@ -213,12 +217,29 @@ def make_all(jobs: dict[str, list[tuple[str, int, int, int, str]]], tokenizer: A
     return result
 
 
+def prepared(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[Sample]]:
+    """The samples of the run, from `--samples` where that file holds the same jobs."""
+    jobs = plan_jobs(options)
+    settings = {"jobs": {name: [list(job) for job in some] for name, some in jobs.items()}}
+    if options.samples is not None and options.samples.is_file():
+        found = SampleSet.load(options.samples)
+        if found.settings != settings:
+            raise SystemExit(f"{options.samples} holds samples of other settings: delete it or name another file")
+        return {name: list(found.cells.get((name, 0), ())) for name in jobs}
+    made = make_all(jobs, tokenizer, options.workers)
+    if options.samples is not None:
+        cells = {(name, 0): tuple(some) for name, some in made.items() if some}
+        SampleSet(settings, cells).save(options.samples)
+    return made
+
+
 def spread_jobs(
     tasks: Sequence[str], count: int, lengths: Sequence[int], seed: int, split: str = "train", first: int = 0
 ) -> list[tuple[str, int, int, int, str]]:
     """`count` jobs that go round tasks, and round lengths for each task."""
     return [
-        (tasks[i % len(tasks)], first + i // len(tasks), lengths[(i // len(tasks)) % len(lengths)], seed, split)
+        # Numbers are not shared between tasks, so that one named twice gives different samples.
+        (tasks[i % len(tasks)], first + i, lengths[(i // len(tasks)) % len(lengths)], seed, split)
         for i in range(count)
     ]
 
@@ -226,36 +247,32 @@ def spread_jobs(
 def plan_jobs(options: argparse.Namespace) -> dict[str, list[tuple[str, int, int, int, str]]]:
     """Everything the run needs: phases use different numbers of the training split, evaluation the test split."""
     groups: list[Group] = options.group
-    jobs: dict[str, list[tuple[str, int, int, int, str]]] = {"fit": [], "gates": [], "attribution": []}
+    jobs: dict[str, list[tuple[str, int, int, int, str]]] = {"fit": [], "gates": []}
     for group in groups:
-        # Three times as many as used: the dense model must have answered them.
-        jobs[f"greedy:{group.name}"] = spread_jobs(
-            group.tasks, 3 * options.greedy_samples[group.name], options.greedy_lengths, options.seed, first=10_000
+        jobs[f"search:{group.name}"] = spread_jobs(
+            group.searched or group.tasks,
+            options.search_samples[group.name],
+            options.search_lengths,
+            options.seed,
+            first=10_000,
         )
         share = options.fit_prompts // len(groups)
         # A probe reads the two ends only; short prompts are quick to make and look the same to it.
         jobs["fit"] += spread_jobs(group.tasks, share, [1024, 1536, 3072], options.seed, first=20_000)
-        if needs_attribution(options):
-            share = options.attribution_samples // len(groups)
-            jobs["attribution"] += spread_jobs(group.tasks, share, options.greedy_lengths, options.seed, first=20_000)
     by_class = {c: [t for g in groups for t in g.tasks if TASKS[t].task_class == c] for c in TASK_CLASSES}
     present = [tasks for tasks in by_class.values() if tasks]
-    for step in range(options.distill_steps):
+    for step in range(options.gate_steps):
         # Half of each batch from each class, of one length: no padding, and no step without one of the targets.
-        length = options.distill_lengths[(step * 7 + step // 4) % len(options.distill_lengths)]
-        for i in range(options.distill_batch):
+        length = options.gate_lengths[(step * 7 + step // 4) % len(options.gate_lengths)]
+        for i in range(options.gate_batch):
             tasks = present[i % len(present)]
-            number = step * options.distill_batch + i
+            number = step * options.gate_batch + i
             jobs["gates"].append(
                 (tasks[(number // len(present)) % len(tasks)], 30_000 + number, length, options.seed, "train")
             )
     for task in EVALUATION:
         jobs[f"eval:{task}"] = spread_jobs([task], options.eval_samples, [options.eval_length], 1, "test")
     return jobs
-
-
-def needs_attribution(options: argparse.Namespace) -> bool:
-    return options.ranking == "path" or any(options.mix[1:])
 
 
 # ---------------------------------------------------------------------------------------------------- phases
@@ -270,77 +287,45 @@ def probe_all(controller: FluxAttention, samples: Sequence[Sample], batch: int =
     return torch.cat(parts, 1)
 
 
-def choose_calibration(meter: DamageMeter, count: int, group: Group) -> DamageMeter:
-    """Samples that the dense model answers, as evenly over the group's tasks as they allow."""
-    by_task: dict[str, list[int]] = {}
-    for i in meter.answered():
-        by_task.setdefault(meter.samples[i].task, []).append(i)
-    chosen: list[int] = []
-    while len(chosen) < count and any(by_task.values()):
-        for rows in by_task.values():
-            if rows and len(chosen) < count:
-                chosen.append(rows.pop(0))
-    if not chosen:
-        raise SystemExit(f"group {group.name}: the dense model answers none of {len(meter.samples)} samples")
-    return meter.subset(chosen)
-
-
 def rank_group(
-    controller: FluxAttention, group: Group, samples: list[Sample], options: argparse.Namespace
-) -> tuple[Greedy, dict[str, int]]:
-    """The group's ranking, and how many calibration samples of each task it rests on."""
+    controller: FluxAttention,
+    group: Group,
+    samples: list[Sample],
+    known: Sequence[LayerCosts],
+    options: argparse.Namespace,
+) -> tuple[LayerCosts, dict[str, int]]:
+    """What the group's layers cost, and how many samples of each task that rests on."""
+    if options.measurements[group.name] == 0:
+        if not known:
+            raise SystemExit(f"group {group.name} is the first: there are no costs to take over, measure some")
+        return replace(known[-1], curve=[]), {}
     meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens)
-    meter = choose_calibration(meter, options.greedy_samples[group.name], group)
+    # What the dense model is far from answering says little about which layers retrieve.
+    meter = meter.subset(meter.within_reach())
     used = Counter(sample.task for sample in meter.samples)
-    layers = meter.layers
-    if options.ranking == "path":
-        order = static_ranking(path_attribution(meter, options.points))
-        return Greedy(order, 0), dict(used)
-    # jump = L ranks by nothing measured jointly: leave-one-out alone.
-    found = greedy_ranking(
+    found = search_routes(
         meter,
-        candidates=options.candidates,
-        jump=options.jump if options.ranking == "greedy" else 0,
-        stop=min(1.0, group.target + 0.08) if options.ranking == "greedy" else 0.0,
+        group.target,
+        options.measurements[group.name],
+        batch=options.search_batch,
+        seed=options.seed,
+        known=[costs.mean for costs in known],
+        watch=lambda row: print(
+            f"  {group.name}: {row['measured']:.0f} routes, Ω {row['sparsity']:.2f}, loss over dense {row['loss']:.4f}",
+            flush=True,
+        ),
     )
-    for row in found.curve:
-        print(
-            f"  {group.name}: Ω {row['sparse'] / layers:.2f} damage {row['damage']:.4f} "
-            f"nll {row['nll']:.4f} accuracy {row['accuracy']:.3f}"
-        )
     print(f"  {group.name}: {found.order} from {dict(used)}", flush=True)
     return found, dict(used)
 
 
 def targets_of(
-    samples: Sequence[Sample],
-    groups: Sequence[Group],
-    rankings: dict[str, Greedy],
-    attributed: tuple[list[Sample], Tensor] | None,
-    options: argparse.Namespace,
+    samples: Sequence[Sample], groups: Sequence[Group], rankings: dict[str, LayerCosts], softness: float
 ) -> Tensor:
-    """Target `p_full [n, L]`: each sample's layers by the mixed ranking, cut at its group's Ω.
-
-    A single sample's attribution is noisy, so it only nudges the ranking of its group.
-    """
+    """Target `p_full [n, L]`: each sample's layers by the ranking of its group, cut at the group's Ω."""
     home = {task: group for group in groups for task in group.tasks}
     scores = torch.stack([rank_positions(rankings[home[s.task].name].order) for s in samples])
-    budget = torch.tensor([home[s.task].target for s in samples])
-    if attributed is not None:
-        known, damage = attributed
-        places = damage_positions(damage)
-        by_task = {t: places[[i for i, s in enumerate(known) if s.task == t]].mean(0) for t in {s.task for s in known}}
-        own = {(s.task, s.meta["index"], s.meta["length"]): i for i, s in enumerate(known)}
-        group_weight, task_weight, sample_weight = options.mix
-        for row, sample in enumerate(samples):
-            mixed = group_weight * scores[row]
-            if sample.task in by_task:
-                mixed = mixed + task_weight * by_task[sample.task]
-                i = own.get((sample.task, sample.meta["index"], sample.meta["length"]))
-                # Without an attribution of its own a sample takes its task's.
-                mixed = mixed + sample_weight * (by_task[sample.task] if i is None else places[i])
-            scores[row] = mixed
-    return budget_targets(scores, budget, options.softness)
+    return budget_targets(scores, torch.tensor([home[s.task].target for s in samples]), softness)
 
 
 def class_numbers(samples: Sequence[Sample]) -> Tensor:
@@ -431,10 +416,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     begun = time.perf_counter()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_backbone(options.backbone, dtype)
-    made = make_all(plan_jobs(options), tokenizer, options.workers)
+    made = prepared(options, tokenizer)
+    if options.prepare:
+        print(f"{sum(map(len, made.values()))} samples in {options.samples}")
+        return {}
     model.to(device)
-    prepared = time.perf_counter() - begun
-    print(f"{sum(map(len, made.values()))} samples and the backbone ready after {prepared:.1f} s", flush=True)
+    ready = time.perf_counter() - begun
+    print(f"{sum(map(len, made.values()))} samples and the backbone ready after {ready:.1f} s", flush=True)
 
     config = FluxConfig(sink_tokens=128, window_tokens=512, router_input="probe")
     controller = attach(model, config)
@@ -453,33 +441,33 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with cost.phase("probe"):
         pooled = probe_all(controller, made["fit"])
         router.fit_input_scale(pooled)
-    rankings: dict[str, Greedy] = {}
+    rankings: dict[str, LayerCosts] = {}
+    earlier = json.loads(options.costs.read_text())["rankings"] if options.costs else {}
     log["rankings"] = {}
     for group in groups:
-        with cost.phase("greedy"):
-            rankings[group.name], used = rank_group(controller, group, made[f"greedy:{group.name}"], options)
-        found = rankings[group.name]
+        with cost.phase("search"):
+            if group.name in earlier:
+                row = earlier[group.name]
+                found = LayerCosts(torch.tensor(row["costs"]), torch.tensor(row["deviations"]), row["curve"])
+                used = row["samples"]
+            else:
+                samples = made[f"search:{group.name}"]
+                found, used = rank_group(controller, group, samples, list(rankings.values()), options)
+        rankings[group.name] = found
         log["rankings"][group.name] = {
             "order": found.order,
-            "measured": found.measured,
+            "costs": [round(float(x), 5) for x in found.mean],
+            "deviations": [round(float(x), 5) for x in found.deviation],
             "samples": used,
             "target": group.target,
             "curve": found.curve,
         }
-    attributed = None
-    if made["attribution"]:
-        with cost.phase("attribute"):
-            # Gradients through the blended passes keep every activation: a quarter of the tokens at a time.
-            meter = DamageMeter(
-                controller, made["attribution"], batch_tokens=max(1, options.batch_tokens // 4), teacher=False
-            )
-            attributed = (made["attribution"], path_attribution(meter, options.points))
 
     # Every eleventh prompt only checks the fit: the jobs go round the tasks, and 11 divides no number of tasks here.
     held = [i for i in range(len(made["fit"])) if i % 11 == 10]
     kept = [i for i in range(len(made["fit"])) if i % 11 != 10]
-    target = targets_of(made["fit"], groups, rankings, attributed, options)
-    if options.init == "damage":
+    target = targets_of(made["fit"], groups, rankings, options.softness)
+    if options.init == "costs":
         by_class = class_numbers(made["fit"])
         means = [target[by_class == c].mean(0) for c in by_class.unique()]
         initialise_bias(router, torch.stack(means).mean(0).clamp(0.02, 0.98))
@@ -504,16 +492,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for task, row in log["fit_held_out"].items():
             print(f"  fitted {task:<24} Ω {row['omega']:.3f}  decisions as wanted {row['agreement']:.4f}")
 
-    if options.distill_steps:
+    if options.gate_steps:
         with cost.phase(options.objective):
             targets = {c: class_target(groups, c) for c in TASK_CLASSES}
             gate_config = TrainConfig(
                 objective=options.objective,
-                steps=options.distill_steps,
-                batch_size=options.distill_batch,
+                steps=options.gate_steps,
+                batch_size=options.gate_batch,
                 accumulation=1,
                 targets=targets,
-                router_lr=options.distill_lr,
+                router_lr=options.gate_lr,
                 multiplier_lr=options.multiplier_lr,
                 multiplier_start=options.multiplier_start,
                 gumbel_noise=options.gumbel_noise,
@@ -563,7 +551,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ],
         "backbone": backbone.name if backbone is not None else str(options.backbone),
         "phases": {
-            "prepare": {"seconds": round(prepared, 2), "tokens": 0},
+            "prepare": {"seconds": round(ready, 2), "tokens": 0},
             **{n: {"seconds": round(s, 2), "tokens": cost.tokens[n]} for n, s in cost.seconds.items()},
         },
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "group"},
@@ -646,15 +634,19 @@ def card(result: dict[str, Any]) -> str:
     for name, row in evaluation["policies"].items():
         cells = [f"{row[t].get('accuracy', row[t].get('nll')):.3f} ({row[t]['omega']:.2f})" for t in tasks]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Damage along the greedy choice of layers:", "", "| group | Ω | damage | NLL | accuracy |"]
-    lines.append("|---|---|---|---|---|")
-    for name, ranking in result["rankings"].items():
-        layers = len(ranking["order"])
-        for step in ranking["curve"]:
-            lines.append(
-                f"| {name} | {step['sparse'] / layers:.2f} | {step['damage']:.4f} | {step['nll']:.3f} | "
-                f"{step['accuracy']:.3f} |"
-            )
+    lines += [
+        "",
+        "Cost of making each layer sparse, beside as many others as the group wants, in hundredths of the loss "
+        "(1 = a right answer lost for sure, or a nat a token of running text), ± one deviation of the posterior:",
+        "",
+        "| layer | " + " | ".join(result["rankings"]) + " |",
+        "|---|" + "---|" * len(result["rankings"]),
+    ]
+    for layer in range(len(order.split())):
+        cells = [
+            f"{100 * r['costs'][layer]:.1f} ± {100 * r['deviations'][layer]:.1f}" for r in result["rankings"].values()
+        ]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -309,7 +309,7 @@ class FluxCache(Cache):
         """This row's cached keys and values in table order, `[n, Hk, D]` each."""
         assert self.pool is not None
         held = self.keys_held(layer, row)
-        pages = torch.tensor(self._pages[layer][row], dtype=torch.long, device=self.pool.keys.device)
+        pages = self._upload(self._pages[layer][row], torch.long)
         keys, values = self.pool.keys[pages], self.pool.values[pages]
         return keys.flatten(0, 1)[:held], values.flatten(0, 1)[:held]
 
@@ -361,7 +361,7 @@ class FluxCache(Cache):
         assert self.pool is not None
         device, page = self.pool.keys.device, self.page_tokens
         shift = dropped * page if first >= sinks else 0
-        ids = torch.tensor(pages, dtype=torch.long, device=device)
+        ids = self._upload(pages, torch.long)
         position = torch.arange(first - shift, last - shift, device=device)
         return ids[position // page] * page + position % page
 
@@ -388,12 +388,16 @@ class FluxCache(Cache):
             pages += held[same:]
             counts.append(lengths[row] - self._dropped[layer][row] * self.page_tokens)
             self._published[layer][row] = held.copy()
-        device = self.page_table.device
         if slots:
-            at = torch.tensor(slots, device=device)
-            self.page_table.view(-1)[at] = torch.tensor(pages, dtype=torch.int32, device=device)
-        at = torch.tensor([layer * rows + row for layer, row in changed], device=device)
-        self.key_counts.view(-1)[at] = torch.tensor(counts, dtype=torch.int32, device=device)
+            self.page_table.view(-1)[self._upload(slots, torch.long)] = self._upload(pages, torch.int32)
+        at = self._upload([layer * rows + row for layer, row in changed], torch.long)
+        self.key_counts.view(-1)[at] = self._upload(counts, torch.int32)
+
+    def _upload(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Integers on the pool's device. From pinned memory: any other copy would wait for all work before it."""
+        device = self.page_table.device
+        found = torch.tensor(values, dtype=dtype)
+        return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
     # ---------------------------------------------------------------- decode
 

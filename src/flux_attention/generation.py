@@ -158,6 +158,12 @@ class _Decoder:
         return logits[:, -1]
 
     def _capture(self) -> None:
+        from flux_attention.kernels.overlap import overlapping
+
+        with overlapping(self.controller.overlap):
+            self._capture_step()
+
+    def _capture_step(self) -> None:
         # A warm-up on a side stream compiles kernels and fills caches; it writes the token it is about to decode,
         # which the first replay writes again.
         stream = torch.cuda.Stream()

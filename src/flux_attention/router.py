@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux_attention.kernels.fused import router_logits
+
 
 @dataclass(frozen=True)
 class PoolPlan:
@@ -100,6 +102,9 @@ class LayerRouter(nn.Module):
         full_bias: initial bias of the "full" logit; the last weight starts at 0, so training starts dense.
     """
 
+    #: Where a SiLU follows: the encoder ends without one, and the head starts on its output.
+    ACTIVE = (True, False, True, True, False)
+
     input_mean: Tensor
     input_scale: Tensor
 
@@ -161,13 +166,21 @@ class LayerRouter(nn.Module):
                 f"head dim {self.head_dim}"
             )
         x = (x.to(self.input_mean.dtype) - self.input_mean[rows, None]) * self.input_scale[rows, None]
-        last = len(self.weights) - 1
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        for weight, bias, active in zip(self.weights, self.biases, self.ACTIVE, strict=True):
             x = torch.baddbmm(bias[rows, None], x, weight[rows].transpose(1, 2))
-            # The encoder ends without an activation (index 1); the head starts on its output.
-            if i not in (1, last):
-                x = F.silu(x)
+            x = F.silu(x) if active else x
         return x if layer is None else x[0]
+
+    def from_parts(self, parts: Tensor, layer: int) -> Tensor:
+        """Logits `[S, 2]` of one layer from pooled queries in parts, `[S, parts, D]`; inference, in few launches."""
+        return router_logits(
+            parts,
+            self.input_mean[layer],
+            self.input_scale[layer],
+            [weight[layer] for weight in self.weights],
+            [bias[layer] for bias in self.biases],
+            self.ACTIVE,
+        )
 
     def p_full(self, pooled: Tensor, layer: int | None = None) -> Tensor:
         """Probability of full attention, `[L, S]` or `[S]`."""

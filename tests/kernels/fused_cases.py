@@ -5,6 +5,7 @@ Tolerance as in `fuzz`: twice the error of the eager version (impl "torch") in t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,7 @@ def cases(
         for dtype in dtypes:
             yield from _rows(impl, device, dtype, *shape)
             yield from _append(impl, device, dtype, *shape)
+            yield from _router(impl, device, dtype, *shape)
             yield from _one_token(impl, device, dtype, *shape)
 
 
@@ -79,6 +81,32 @@ def _heads(hq: int, hk: int, dim: int, n: int, device: str, dtype: torch.dtype) 
         "wq": _random(dim, **made),
         "wk": _random(dim, **made),
     }
+
+
+def _router(impl: str, device: str, dtype: torch.dtype, hq: int, hk: int, dim: int, h: int, f: int) -> Iterator[Case]:
+    x = {"q": _random(40, hq * dim, device=device, dtype=dtype), "w": _random(dim, device=device, dtype=dtype)}
+    x["index"] = torch.randint(0, 40, (2, 19), device=device)
+    x["weight"] = torch.rand(2, 19, device=device)
+    for normed in (True, False):
+
+        def pool(i: str, t: dict[str, Tensor], normed: bool = normed) -> list[Tensor]:
+            norm = _norm(t, "w") if normed else None
+            parts = fused.pool_queries(t["q"], t["index"], t["weight"], dim, norm, impl=i)
+            return [parts.sum(1)]
+
+        yield from _compare(f"pool norm={normed}", impl, pool, x, f"{hq}x{dim} {dtype}")
+    made = {"device": device, "dtype": torch.float32}
+    sizes = (dim, 8 * dim, 2 * dim, 4 * dim, dim, 2)
+    x = {"parts": _random(2, 3, dim, **made), "mean": _random(dim, **made), "scale": _random(dim, **made)}
+    for i, (k, n) in enumerate(itertools.pairwise(sizes)):
+        x[f"w{i}"], x[f"b{i}"] = _random(n, k, **made) / k**0.5, _random(n, **made)
+
+    def logits(i: str, t: dict[str, Tensor]) -> list[Tensor]:
+        weights, biases = ([t[f"{name}{j}"] for j in range(5)] for name in "wb")
+        silu = (True, False, True, True, False)
+        return [fused.router_logits(t["parts"], t["mean"], t["scale"], weights, biases, silu, impl=i)]
+
+    yield from _compare("router", impl, logits, x, f"{dim}")
 
 
 def _append(impl: str, device: str, dtype: torch.dtype, hq: int, hk: int, dim: int, h: int, f: int) -> Iterator[Case]:

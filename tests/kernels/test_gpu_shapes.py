@@ -123,3 +123,18 @@ def test_decode(shape: tuple[int, int, int]) -> None:
 
     case = fuzz.compare("paged_decode", "triton", decode, arguments[:3], str(lens))
     assert case.ok, case
+
+
+@pytest.mark.parametrize("shape", HEADS[:2], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("op", ["dense", "streaming"])
+def test_sdpa_of_packed_prompts(op: str, shape: tuple[int, int, int]) -> None:
+    """Whole prompts share calls: padded rows for dense, blocks with bottom-right causality for streaming."""
+    hq, hk, dim = shape
+    for lens in ((4095, 333, 1), (4096, 4000, 3901), (700,) * 5, (2048, 2048)):
+        torch.manual_seed(0)
+        q = torch.randn(sum(lens), hq, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(sum(lens), hk, dim, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+        function, kwargs = run(op, Packing(lens, lens), hq, dim)
+        with torch.no_grad():
+            case = fuzz.compare(op, "sdpa", function, (q, k, v), str(lens), **kwargs)
+        assert case.ok, case

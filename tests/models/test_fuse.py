@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from flux_attention.generation import generate
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.families import FAMILIES as ROWS
 from flux_attention.route import Dense, Fixed
-from tests.models.test_attach import logits_of, worst
+from tests.models.test_attach import logits_of, opinionated, worst
 from tests.models.tiny import CONFIG, FAMILIES, left_pad, make_model, make_prompts, mixed_route
 
 FUSABLE = [name for name in FAMILIES if name in ROWS and ROWS[name].fusable]
@@ -116,3 +117,37 @@ def test_what_cannot_be_fused_is_refused():
     model.model.layers[2].self_attn.k_proj = nn.Sequential(model.model.layers[2].self_attn.k_proj)
     with pytest.raises(ValueError, match="Sequential, not Linear"):
         attach(model, CONFIG, fuse=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("source", ["probe", "inline"])
+@torch.no_grad()
+def test_routes_are_the_unfused_ones(family, source):
+    model = biased(make_model(family))
+    ids, mask = left_pad(make_prompts(*LENGTHS))
+    routes = []
+    state = None
+    for fuse in (False, True):
+        controller = attach(model, replace(CONFIG, router_input=source), fuse=fuse)
+        if state is None:
+            opinionated(controller)
+            state = controller.router.state_dict()
+        controller.router.load_state_dict(state)
+        logits_of(model, ids, mask)
+        routes.append(controller.last_route)
+        detach(model)
+    torch.testing.assert_close(routes[0].p_full, routes[1].p_full, rtol=0, atol=1e-4)
+    assert 0 < routes[0].sparsity.mean() < 1 and torch.equal(routes[0].use_full, routes[1].use_full)
+
+
+@torch.no_grad()
+def test_captured_outputs_are_the_models():
+    """transformers leaves its capturing hooks on a model; hidden states are right, and layers stay fused."""
+    model = biased(make_model("qwen3"))
+    ids = make_prompts(40)[0][None]
+    expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    controller = attach(model, CONFIG, fuse=True)
+    assert controller.fusion is not None and not any(layer.hooked for layer in controller.fusion.layers)
+    found = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)

@@ -19,6 +19,7 @@ from flux_attention.training.damage import (
 from flux_attention.training.data import Collator, RouterDataset
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import AnswerObjective, AnswerTokens, answer_logits, teacher_logits
+from flux_attention.training.route_search import search_routes
 from flux_attention.training.trainer import FeatureDataset, RouterTrainer, TrainConfig
 
 from .tiny import CONFIG, VOCABULARY, make_model
@@ -265,6 +266,10 @@ def test_only_answered_samples_calibrate():
     meter = DamageMeter(controller, samples)
     assert meter.answered() == [0, 1, 3]
     assert meter.answered(least=0.0) == [0, 1, 2, 3]
+    # The lead of a random token is far behind: out of reach, but right at once when it is the model's own.
+    assert meter.within_reach(least=0.5) == [0, 1, 3]
+    assert meter.within_reach(least=0.0) == [0, 1, 2, 3]
+    torch.testing.assert_close(meter.dense_losses(), meter.routes(torch.ones(1, meter.layers).bool()).loss[0])
     with pytest.raises(ValueError, match="teacher=True"):
         DamageMeter(controller, samples, teacher=False).answered()
 
@@ -335,3 +340,15 @@ def test_cost_counts_real_tokens_by_phase():
     assert "total" in cost.table()
     with pytest.raises(RuntimeError, match="inside of phase"), cost.phase("a"), cost.phase("b"):
         pass
+
+
+def test_route_search_on_a_model_is_repeatable_and_refuses_bad_input():
+    controller = attach_tiny()
+    meter = DamageMeter(controller, make_samples(4))
+    first, second = (search_routes(meter, 0.5, 12, batch=6, seed=3) for _ in range(2))
+    assert torch.equal(first.mean, second.mean)
+    assert sorted(first.order) == list(range(meter.layers))
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        search_routes(meter, 1.0, 12)
+    with pytest.raises(ValueError, match="cannot tell"):
+        search_routes(meter, 0.5, meter.layers - 1)

@@ -274,3 +274,28 @@ def test_plain_prompts_begin_as_the_tokenizer_begins_texts():
 
     assert chat_text(Plain(True), "question", "answer") == "<s>question\nanswer"
     assert chat_text(Plain(False), "question", "answer") == "question\nanswer"
+
+
+def test_math_tasks_by_name(tmp_path, monkeypatch):
+    import json
+
+    from flux_attention.data import tasks
+    from flux_attention.data.tasks import math_problems
+
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tasks.get_task(f"gsm8k:{path}")
+    assert task.held_out and task.name == "gsm8k" and tasks.get_task("gsm8k") is task
+    assert "gsm8k" not in tasks.training_tasks()
+    with pytest.raises(FileNotFoundError, match=r"no such JSONL file: none\.jsonl"):
+        tasks.get_task("math500:none.jsonl")
+    # Without files the Hub is asked.
+    asked = []
+    monkeypatch.setattr(
+        math_problems, "_read_hub", lambda kind, solved: asked.append((kind, solved)) or [("q", "a")] * 2
+    )
+    with pytest.raises(TypeError):
+        tasks.get_task("math500").sample(random.Random(0), None, 500, "test")
+    assert asked == [("math", False), ("math", True)]

@@ -204,6 +204,22 @@ def route(
         notes.print(f"figure: {figure}")
 
 
+def _prepare_suite(suite: Any, model: str, n: int | None, seed: int, folder: Path | None) -> None:
+    import os
+    from dataclasses import replace
+
+    from flux_attention.cli.session import Bars
+    from flux_attention.evaluation.suites import suite_samples
+    from flux_attention.models.backbones import load_backbone
+
+    if folder is None:
+        raise ValueError("--prepare needs --samples, the folder that keeps the samples")
+    _, tokenizer = load_backbone(model)
+    with Bars(_console(stderr=True)) as bars:
+        chosen = suite if n is None else replace(suite, n=n)
+        suite_samples(chosen, tokenizer, seed, folder=folder, workers=os.cpu_count() or 1, progress=bars)
+
+
 @app.command(name="eval")
 def evaluate(
     suite: Annotated[str, typer.Option("--suite", "-s", help="needle, continuation or quick.")] = "quick",
@@ -223,12 +239,18 @@ def evaluate(
         "benchmarks/results"
     ),
     figure: Annotated[Path | None, typer.Option("--figure", help="Write the needle map (PNG) here.")] = None,
+    samples: Annotated[Path | None, typer.Option("--samples", help="Folder that keeps the samples.")] = None,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only make them, on all cores; needs no GPU.")] = False,
+    impl: Annotated[str, typer.Option("--impl", help="Kernels of prefill: auto or a name of kernels.api.")] = "auto",
     commit: Commit = None,
 ) -> None:
     """Score routed against dense on the same samples."""
     from flux_attention.evaluation.suites import get_suite
 
     chosen = get_suite(suite)
+    if prepare:
+        _prepare_suite(chosen, model, n, seed, samples)
+        return
     if record and policy != "router":
         raise ValueError(f"--record is for the adapter's router; --policy {policy} is a baseline")
     from flux_attention.cli.session import Bars, open_session
@@ -241,6 +263,7 @@ def evaluate(
     notes = _console(stderr=True)
     with notes.status("loading"):
         session = _open(open_session, model, adapter, policy, min_sparsity, max_sparsity, device, dtype)
+        session.controller.impl = impl
     with Bars(notes) as bars:
         run = run_suite(
             session.controller,
@@ -252,6 +275,7 @@ def evaluate(
             dial=session.dial,
             options=options,
             progress=bars,
+            samples=samples,
         )
     rows = []
     for found in run.figures:
@@ -260,12 +284,12 @@ def evaluate(
     title = f"{suite}: {session.adapter_name} on {session.controller.config.backbone.name}"
     print_table(_console(), Table(("figure", "value", "95 % interval", "n"), rows), title)
     if record:
-        from flux_attention.data.corpus import fingerprint
         from flux_attention.evaluation.results import write_results
 
         settings = {
             "backbone": session.controller.config.backbone.name,
             "adapter": session.adapter_name,
+            "impl": impl,
             "dtype": str(session.model.dtype).removeprefix("torch."),
             "seed": seed,
             "n": run.suite.n,
@@ -275,7 +299,7 @@ def evaluate(
             "scoring": scoring,
             "min_sparsity": min_sparsity,
             "max_sparsity": max_sparsity,
-            "texts": fingerprint(),
+            "texts": dict(run.texts),
         }
         path = write_results(
             f"eval-{suite}",
@@ -314,7 +338,7 @@ def board(
     ] = "all",
     weak_samples: Annotated[
         int, typer.Option("--weak-samples", help="Samples per task and length for weak baselines and curves.")
-    ] = 50,
+    ] = 25,
     dial: Annotated[
         str, typer.Option("--dial", help="Ω that the first adapter's dial is set to, such as 0.5,0.7,0.9: a curve.")
     ] = "",
@@ -327,6 +351,9 @@ def board(
     calibration: Annotated[
         int, typer.Option("--calibration", help="Samples per training task that static splits are chosen on.")
     ] = 2,
+    calibration_text: Annotated[
+        int, typer.Option("--calibration-text", help="The same per training task of running text.")
+    ] = 12,
     calibration_length: Annotated[int, typer.Option("--calibration-length", help="Their tokens.")] = 3072,
     head_steps: Annotated[int, typer.Option("--head-steps", help="Training steps of the head-level baselines.")] = 80,
     head_samples: Annotated[
@@ -358,7 +385,7 @@ def board(
 
     from flux_attention.cli.board import run
     from flux_attention.cli.session import choose_device
-    from flux_attention.evaluation.board import MIXED, BoardConfig
+    from flux_attention.evaluation.board_config import MIXED, BoardConfig
     from flux_attention.evaluation.entrants import POLICIES
     from flux_attention.training.heads import HeadTraining
 
@@ -373,8 +400,10 @@ def board(
         dial=_numbers("--dial", dial, float),
         sparsities=_numbers("--sparsities", sparsities, float),
         calibration=calibration,
+        calibration_text=calibration_text,
         calibration_length=calibration_length,
-        heads=HeadTraining(steps=head_steps),
+        # Activations kept for gradients: about a megabyte a token for the smallest models.
+        heads=HeadTraining(steps=head_steps, pass_tokens=16384 if on_gpu else 2048),
         head_samples=head_samples,
         head_lengths=_numbers("--head-lengths", head_lengths, int),
         batch_tokens=batch_tokens or (131072 if on_gpu else 8192),

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from flux_attention.cli.session import Bars, choose_device, choose_dtype, find_adapter, quiet
 from flux_attention.cli.terminal import print_table
-from flux_attention.evaluation.board import Board, BoardConfig, prepare, run_board
+from flux_attention.evaluation.board import Board, run_board
+from flux_attention.evaluation.board_config import BoardConfig, prepare
 from flux_attention.evaluation.entrants import POLICIES
 from flux_attention.evaluation.metrics import Estimate
 from flux_attention.evaluation.results import environment, write_json, write_results
@@ -102,10 +103,11 @@ def _points(margin: Estimate | None) -> str:
 
 def summary(rows: tuple[Row, ...]) -> Table:
     """One line per entrant, best macro score first."""
-    ordered = sorted(rows, key=lambda row: -row.macro.value)
+    ordered = sorted(rows, key=lambda row: -_comparable(row, rows).value)
+    most = max(len(row.cells) for row in rows)
     lines = [
         (
-            row.name,
+            row.name if len(row.cells) == most else f"{row.name} †",
             f"{row.sparsity:.3f}",
             f"{row.kv_share:.2f}",
             _cell(row.macro),
@@ -117,18 +119,17 @@ def summary(rows: tuple[Row, ...]) -> Table:
         )
         for row in ordered
     ]
-    head = (
-        "",
-        "Ω",
-        "KV bytes",
-        "macro",
-        "retrieval",
-        "holistic",
-        "NLL vs dense",
-        "router leads at its Ω (points)",
-        "n",
-    )
+    head = ("", "Ω", "KV", "macro", "retrieval", "holistic", "NLL ratio", "router's lead", "n")
     return Table(head, lines, next(i for i, row in enumerate(ordered) if row.family == "router"))
+
+
+def _comparable(row: Row, rows: tuple[Row, ...]) -> Estimate:
+    """A row's macro score; of one that lacks tasks or samples, the router's less the difference on what both ran."""
+    router = next(other for other in rows if other.family == "router")
+    if len(row.cells) == len(router.cells) and row.samples == router.samples:
+        return row.macro
+    value, half = router.macro.value - row.difference.value, (row.difference.high - row.difference.low) / 2
+    return Estimate(value, value - half, value + half, row.difference.n)
 
 
 def by_task(rows: tuple[Row, ...]) -> Table:
@@ -142,10 +143,12 @@ def by_task(rows: tuple[Row, ...]) -> Table:
 def _notes(outcome: Summary) -> str:
     text = (
         "Means with half the width of their 95 % interval (bootstrap over samples); n: samples a task and length. "
-        "Tasks scored by NLL count with exp(NLL dense − NLL). Macro: both classes of tasks the same. A lead is the "
-        "paired difference on the samples that both ran, the baseline brought to exactly the router's mean Ω: of the "
-        "two whole sizes around it, some prompts get the one and some the other. Routes by KV head have no cache, so "
-        "tasks whose answers are generated are not theirs."
+        "Tasks scored by NLL count with exp(NLL dense − NLL). Macro: both classes of tasks the same. KV: bytes of the "
+        "cache over dense. A lead is the paired macro difference in points on the samples that both ran, the baseline "
+        "brought to exactly the router's mean Ω: of the two whole sizes around it, some prompts get the one and some "
+        "the other. † Routes by KV head have no cache: tasks whose answers are generated are missing from their "
+        "means. Entrants with fewer tasks or samples than the router stand in the order, and in the figure, at the "
+        "router's macro score less the paired difference."
     )
     if outcome.left_out:
         listed = ", ".join(f"{key} ({value:.2f})" for key, value in outcome.left_out)
@@ -167,16 +170,14 @@ def markdown(outcome: Summary, table: Table) -> str:
 
 
 def _plots(outcome: Summary) -> dict[str, Any]:
-    families = {row.family for row in outcome.rows} - {"dense", "seed"}
-    points = [
-        Point(
-            row.family, row.sparsity, row.macro.value, row.macro.low, row.macro.high, highlight=row.family == "router"
-        )
-        for row in outcome.rows
-        if row.family in families
-    ]
-    dense = next(row for row in outcome.rows if row.family == "dense")
-    points.append(Point("dense", 0.0, dense.macro.value, dense.macro.low, dense.macro.high))
+    points = []
+    for row in outcome.rows:
+        if row.family != "seed":
+            score = _comparable(row, outcome.rows)
+            family = row.name if row.family == "other" else row.family
+            points.append(
+                Point(family, row.sparsity, score.value, score.low, score.high, highlight=row.family == "router")
+            )
     return {
         "pareto": pareto(points, "macro score"),
         "routes": route_heat_map(_routes(outcome), "share of prompts full"),

@@ -24,14 +24,14 @@ from flux_attention.evaluation.sample_set import checksum, digest
 from flux_attention.models.attach import FluxAttention
 from flux_attention.training.damage import DamageMeter, greedy_ranking, leave_one_out, static_ranking
 from flux_attention.training.heads import HeadTraining, head_router, pooled_heads, train_head_router, train_static_heads
+from flux_attention.training.trainer import compact_state
 
 VERSION = 1
 
 
 def layer_rankings(
     controller: FluxAttention,
-    samples: Sequence[Sample],
-    methods: Sequence[str],
+    samples: Mapping[str, Sequence[Sample]],
     folder: Path,
     base: Mapping[str, Any],
     *,
@@ -40,41 +40,36 @@ def layer_rankings(
 ) -> dict[str, list[int]]:
     """Layer rankings, least needed first, by method, from files where they are there.
 
-    damage: by single-layer damage on all samples. greedy: one layer after the other at the least damage, on the same
-    samples. greedy-text: the same by NLL on running text alone, which needs no task.
+    damage: by single-layer damage. greedy: one layer after the other at the least damage. greedy-text: the same as
+    greedy, on samples of running text, which needs no task.
+
+    Args:
+        samples: of each method that is wanted.
     """
-    settings = {**base, "version": VERSION, "samples": digest([checksum(sample) for sample in samples])}
-    paths = {name: folder / f"ranking-{name}-{digest({**settings, 'method': name})}.json" for name in methods}
-    found: dict[str, list[int]] = {}
-    for name, path in paths.items():
-        if path.is_file():
-            found[name] = [int(x) for x in read_settings(path, {**settings, "method": name})["ranking"]]
-    missing = [name for name in methods if name not in found]
-    if not missing:
-        return found
-    text = [sample for sample in samples if sample.metric == "nll"]
     # Layers whose single damage is next to nothing are taken at once.
     jump = len(controller.layers) // 5
-
-    def tasks() -> DamageMeter:
-        meter = DamageMeter(controller, samples, batch_tokens=batch_tokens)
-        # What the dense model cannot answer tells nothing about layers.
-        return meter.subset(meter.answered())
-
-    def of_text() -> list[int]:
-        if not text:
-            raise ValueError("greedy-text needs calibration samples of running text; the training tasks have none")
-        return greedy_ranking(DamageMeter(controller, text, batch_tokens=batch_tokens), jump=jump).order
-
-    work: dict[str, Callable[[], list[int]]] = {
-        "damage": lambda: static_ranking(leave_one_out(tasks())),
-        "greedy": lambda: greedy_ranking(tasks(), jump=jump).order,
-        "greedy-text": of_text,
+    rank: dict[str, Callable[[DamageMeter], list[int]]] = {
+        "damage": lambda meter: static_ranking(leave_one_out(meter)),
+        "greedy": lambda meter: greedy_ranking(meter, jump=jump).order,
+        "greedy-text": lambda meter: greedy_ranking(meter, jump=jump).order,
     }
-    for name in progress(missing, len(missing), "static rankings"):
-        found[name] = work[name]()
-        write_json(paths[name], {"settings": {**settings, "method": name}, "ranking": found[name]})
-    return found
+    found: dict[str, list[int]] = {}
+    missing: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for name, some in samples.items():
+        sums = digest([checksum(sample) for sample in some])
+        settings = {**base, "version": VERSION, "samples": sums, "method": name}
+        path = folder / f"ranking-{name}-{digest(settings)}.json"
+        if path.is_file():
+            found[name] = [int(layer) for layer in read_settings(path, settings)["ranking"]]
+        else:
+            missing[name] = path, settings
+    for name in progress(list(missing), len(missing), "static rankings") if missing else ():
+        meter = DamageMeter(controller, samples[name], batch_tokens=batch_tokens)
+        # What the dense model cannot answer tells nothing about layers.
+        found[name] = rank[name](meter.subset(meter.answered()))
+        path, settings = missing[name]
+        write_json(path, {"settings": settings, "ranking": found[name]})
+    return {name: found[name] for name in samples}
 
 
 def static_heads(
@@ -106,8 +101,7 @@ def head_scores(
     """`p_full [L·Hk, n]` of every cell's prompts by an Elastic-style head router."""
 
     def train() -> dict[str, Tensor]:
-        router = train_head_router(controller, samples, training, progress)
-        return {name: tensor.cpu() for name, tensor in router.state_dict().items()}
+        return compact_state(train_head_router(controller, samples, training, progress))
 
     state = _kept(folder / "heads-routed", {**base, **_settings(samples, training)}, train)
     router = head_router(controller)
@@ -117,11 +111,10 @@ def head_scores(
 
 
 def _settings(samples: Sequence[Sample], training: HeadTraining) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "samples": digest([checksum(sample) for sample in samples]),
-        "training": {**asdict(training), "targets": dict(training.targets)},
-    }
+    options = {**asdict(training), "targets": dict(training.targets)}
+    # How a step is cut into passes changes nothing.
+    del options["pass_tokens"]
+    return {"version": VERSION, "samples": digest([checksum(sample) for sample in samples]), "training": options}
 
 
 def _kept(stem: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import HOLISTIC, RETRIEVAL, Sample, get_task
-from flux_attention.data.tasks import training_tasks
 from flux_attention.evaluation import baselines
+from flux_attention.evaluation.board_config import BoardConfig, Prepared, prepare
 from flux_attention.evaluation.entrants import (
     POLICIES,
     WEAK,
@@ -36,127 +36,15 @@ from flux_attention.evaluation.entrants import (
 )
 from flux_attention.evaluation.outcomes import OutcomeFile, Pair, batches, measure_batch
 from flux_attention.evaluation.runner import Progress, Record, RunOptions, check_samples, kv_share_of, tqdm_progress
-from flux_attention.evaluation.sample_set import SampleSet, prepared_samples
 from flux_attention.models.adapter import Adapter
 from flux_attention.models.attach import FluxAttention, attach, detach
 from flux_attention.route import AllSparse, Dense, Dial, Interleaved, Random, Static, StaticHeads
-from flux_attention.training.heads import HeadTraining
 
 LEAST_DENSE = 0.10
-#: Half retrieval, half holistic; what `flux-attn board` runs unless told otherwise.
-MIXED = (
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_two_values",
-    "niah_multivalue",
-    "variable_copies",
-    "kv_lookup_numbers",
-    "row_qa",
-    "fewshot_topic",
-    "fewshot_sentiment",
-    "fewshot_intent",
-    "common_words",
-    "frequent_words",
-    "code_completion",
-    "docstring_continuation",
-    "module_summary",
-)
-# Another stream of the training split than the router's own data.
-_TRAINING_SEED = 7919
 
 
 class UnfinishedError(RuntimeError):
     """The board ran out of the time it was given; run it again in the same folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoardConfig:
-    """What a board runs.
-
-    Attributes:
-        tasks, lengths, samples, seed: the cells; the same samples for every entrant.
-        policies: of `entrants.POLICIES`; the dense model is always there.
-        weak_samples: the first samples of each cell, for entrants far behind and for curves.
-        dial: Ω that the first adapter's dial is set to, for its curve.
-        sparsities: further Ω of the static splits' curves.
-        calibration, calibration_length: samples per training task that layer rankings are measured on; their tokens.
-        heads: training of the head-level baselines.
-        head_samples, head_lengths: their samples per training task and length.
-        batch_tokens: tokens of a pass; results do not depend on it.
-        impl: kernel implementation of prefill.
-        workers: processes that make samples.
-        minutes: of wall clock after which the board stops between two passes; 0 = never.
-    """
-
-    tasks: tuple[str, ...] = MIXED
-    lengths: tuple[int, ...] = (4096, 8000)
-    samples: int = 200
-    seed: int = 0
-    policies: tuple[str, ...] = tuple(POLICIES)
-    weak_samples: int = 50
-    dial: tuple[float, ...] = ()
-    sparsities: tuple[float, ...] = ()
-    calibration: int = 2
-    calibration_length: int = 3072
-    heads: HeadTraining = field(default_factory=HeadTraining)
-    head_samples: int = 16
-    head_lengths: tuple[int, ...] = (2048, 3072)
-    batch_tokens: int = 16384
-    impl: str = "auto"
-    workers: int = 1
-    minutes: float = 0.0
-
-    def __post_init__(self) -> None:
-        names = [get_task(task).name for task in self.tasks]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"a board needs tasks, each once, got {', '.join(names) or 'none'}")
-        object.__setattr__(self, "tasks", tuple(names))
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
-            raise ValueError(f"lengths must be positive, each once, got {self.lengths}")
-        for name in ("samples", "weak_samples"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2 for an interval, got {getattr(self, name)}")
-        unknown = [name for name in self.policies if name not in POLICIES]
-        if unknown:
-            raise ValueError(f"unknown policy {unknown[0]!r}; known: {', '.join(POLICIES)}")
-        if "router" not in self.policies:
-            raise ValueError("policies must include the router: the baselines stand at its sparsity")
-        for name in ("calibration", "calibration_length", "head_samples", "batch_tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("sparsities", "dial"):
-            if any(not 0 <= sparsity <= 1 for sparsity in getattr(self, name)):
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.minutes < 0:
-            raise ValueError(f"minutes must not be negative, got {self.minutes}")
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        return tuple((task, length) for task in self.tasks for length in self.lengths)
-
-
-def prepare(
-    config: BoardConfig, tokenizer: Any, folder: Path, progress: Progress = tqdm_progress
-) -> tuple[SampleSet, SampleSet | None, SampleSet | None]:
-    """The samples of cells, of calibration and of head training (None where no policy needs them), as files.
-
-    Needs no model and no GPU, and must come before CUDA starts.
-    """
-    names = list(training_tasks())
-
-    def make(cells: Sequence[Cell], n: int, seed: int, split: str) -> SampleSet:
-        return prepared_samples(folder, cells, n, seed, split, tokenizer, workers=config.workers, progress=progress)
-
-    test = make(config.cells, config.samples, config.seed, "test")
-    calibration = heads = None
-    seed = config.seed + _TRAINING_SEED
-    if {"damage", "greedy", "greedy-text"} & set(config.policies):
-        calibration = make([(name, config.calibration_length) for name in names], config.calibration, seed, "train")
-    if {"duo", "elastic"} & set(config.policies):
-        cells = [(name, length) for name in names for length in config.head_lengths]
-        heads = make(cells, config.head_samples, seed + 1, "train")
-    return test, calibration, heads
 
 
 class Board:
@@ -198,15 +86,14 @@ class Board:
         self._saved = self._begun
 
     @cached_property
-    def samples(self) -> tuple[SampleSet, SampleSet | None, SampleSet | None]:
+    def samples(self) -> Prepared:
         found = prepare(self.config, self.tokenizer, self.folder, self.progress)
         # Found out before anything is run, not in the middle of it.
         controller = attach(self.model, self.adapters[0].config)
         try:
-            for part in found:
-                for some in part.cells.values() if part else ():
-                    extra = self._options.extra_tokens if any(map(self._options.generates, some)) else 0
-                    check_samples(controller, some, extra)
+            for some in (*found.test.cells.values(), found.tasks, found.text, found.heads):
+                extra = self._options.extra_tokens if any(map(self._options.generates, some)) else 0
+                check_samples(controller, some, extra)
         finally:
             detach(self.model)
         return found
@@ -229,16 +116,17 @@ class Board:
 
     def _file(self, cell: Cell, mode: str | None) -> OutcomeFile:
         if (cell, mode) not in self._files:
-            test = self.samples[0]
+            test = self.samples.test
             settings = {
                 **self._base(self._mode(mode)),
+                "code": code_digest(),
                 "task": cell[0],
                 "length": cell[1],
                 "seed": self.config.seed,
                 "texts": test.settings["texts"],
                 "tokenizer": test.settings["tokenizer"],
             }
-            self._files[cell, mode] = OutcomeFile(self.folder / "outcomes", settings, test.cells[cell])
+            self._files[cell, mode] = OutcomeFile(self.folder / "outcomes", settings, test.checksums[cell])
         return self._files[cell, mode]
 
     def attach(self, adapter: Adapter | FluxConfig) -> FluxAttention:
@@ -253,7 +141,7 @@ class Board:
 
         Raises UnfinishedError when the time is up.
         """
-        test = self.samples[0]
+        test = self.samples.test
         for mode in dict.fromkeys(entrant.mode for entrant in entrants):
             wanted: dict[tuple[Cell, int, str], Pair] = {}
             for entrant in entrants:
@@ -294,7 +182,7 @@ class Board:
         config, found = self._mode(entrant.mode), {}
         for cell, columns in entrant.columns.items():
             rows = []
-            for i, (column, sample) in enumerate(zip(columns, self.samples[0].cells[cell], strict=False)):
+            for i, (column, sample) in enumerate(zip(columns, self.samples.test.cells[cell], strict=False)):
                 outcome = self._file(cell, entrant.mode).get(i, column)
                 assert outcome is not None
                 tokens, omega = len(sample.prompt_ids), omega_of(column)
@@ -322,12 +210,12 @@ class Board:
     # ------------------------------------------------------------------ entrants
 
     def dense(self) -> Entrant:
-        return Entrant("dense", "dense", by_policy(Dense(), self.layers, self.samples[0].cells))
+        return Entrant("dense", "dense", by_policy(Dense(), self.layers, self.samples.test.cells))
 
     def kept(self, dense: Mapping[Cell, Sequence[Record]]) -> dict[Cell, tuple[Sample, ...]]:
         """The cells that the dense model can do. Raises ValueError when there is none."""
         cells = {}
-        for cell, some in self.samples[0].cells.items():
+        for cell, some in self.samples.test.cells.items():
             scores = [record.score for record in dense[cell] if record.score is not None]
             if not scores or np.mean(scores) >= LEAST_DENSE:
                 cells[cell] = some
@@ -380,7 +268,8 @@ class Board:
             add("sparse", by_policy(AllSparse(), layers, few))
         for mode in ("triangle", "xattention"):
             if mode in chosen and mode not in (self.adapters[0].config.retrieval_mode,):
-                add(mode, by_policy(AllSparse(), layers, few), mode=mode)
+                less = max(2, config.weak_samples // 4) if mode == "xattention" else config.weak_samples
+                add(mode, by_policy(AllSparse(), layers, {cell: s[:less] for cell, s in few.items()}), mode=mode)
         if "inline" in chosen:
             add("inline", self._inline(few))
         return found
@@ -400,14 +289,11 @@ class Board:
     def _rankings(self, methods: Sequence[str]) -> dict[str, list[int]]:
         if not methods:
             return {}
-        assert self.samples[1] is not None
-        some = [sample for samples in self.samples[1].cells.values() for sample in samples]
         controller = self.attach(self.adapters[0].config)
         try:
             return baselines.layer_rankings(
                 controller,
-                some,
-                methods,
+                {name: self.samples.text if name == "greedy-text" else self.samples.tasks for name in methods},
                 self.folder,
                 self._base(self.adapters[0].config),
                 batch_tokens=self.config.batch_tokens,
@@ -420,8 +306,7 @@ class Board:
         """Head-level entrants at Ω. They have no cache, so cells whose answers are generated are not theirs."""
         if not {"duo", "elastic"} & set(chosen):
             return []
-        assert self.samples[2] is not None
-        some = [sample for samples in self.samples[2].cells.values() for sample in samples]
+        some = self.samples.heads
         own = {cell: s for cell, s in cells.items() if not any(map(self._options.generates, s))}
         config = self.adapters[0].config
         base, training = self._base(config), self.config.heads
@@ -503,6 +388,17 @@ def cell_weights(cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, float]:
 def _without_router(config: FluxConfig) -> FluxConfig:
     """What is left of a configuration when the route is given."""
     return replace(config, router_input="probe", full_bias=0.0, pool_tokens=1)
+
+
+@cache
+def code_digest() -> str:
+    """Of the kernels: results of one version of them must not stand beside another's."""
+    package = Path(__file__).resolve().parents[1]
+    found = hashlib.sha256()
+    for folder in ("kernels", "modes"):
+        for path in sorted((package / folder).glob("*.py")):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def adapter_digest(adapter: Adapter) -> str:

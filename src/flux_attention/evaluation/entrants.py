@@ -1,7 +1,7 @@
 """Who is on the board: routers and every baseline, each as a route for every sample.
 
 Baselines with a size (static splits, interleaved, random, static heads) are brought to *exactly* the router's mean Ω:
-of the two sizes around it, a share of the prompts takes the one and the rest the other, by a hash of the prompt.
+of the two sizes around it, a share of the prompts takes the one and the rest the other.
 Routed heads (Elastic) get the threshold that gives this Ω on the board's own prompts.
 """
 
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from flux_attention.data import Sample
-from flux_attention.evaluation.sample_set import checksum
-from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
+from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Random, Route
 
 Cell = tuple[str, int]
 #: What `--policies` may name, in the order in which they are run, and what each is.
@@ -66,10 +65,14 @@ def columns_of(route: Route) -> list[str]:
 
 def by_policy(policy: Policy, layers: int, cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, list[str]]:
     """A policy's routes."""
-    return {
-        cell: columns_of(policy(PolicyContext(layers, tuple(torch.tensor(s.prompt_ids) for s in samples))))
-        for cell, samples in cells.items()
-    }
+    if isinstance(policy, Random):
+        return {
+            cell: columns_of(policy(PolicyContext(layers, tuple(torch.tensor(s.prompt_ids) for s in samples))))
+            for cell, samples in cells.items()
+        }
+    # The others do not look at prompts, and these are millions of tokens.
+    (column,) = columns_of(policy(PolicyContext(layers, (torch.zeros(1, dtype=torch.long),))))
+    return {cell: [column] * len(samples) for cell, samples in cells.items()}
 
 
 def by_size(
@@ -81,15 +84,12 @@ def by_size(
     if share < 1e-6:
         return low
     high = by_policy(make(math.ceil(size)), layers, cells)
-    # The digits of the golden ratio's multiples fill [0, 1) evenly: a cell's share is right to one sample.
+    # Multiples of the golden ratio fill [0, 1) evenly: the share is right to a sample or two, in the first ones too.
     turn = (math.sqrt(5) - 1) / 2
-    found = {}
-    for cell, samples in cells.items():
-        order = np.argsort([checksum(sample) for sample in samples], kind="stable")
-        more = np.empty(len(samples), bool)
-        more[order] = (np.arange(len(samples)) + 0.5) * turn % 1 < share
-        found[cell] = [h if m else lo for lo, h, m in zip(low[cell], high[cell], more, strict=True)]
-    return found
+    return {
+        cell: [high[cell][i] if (i + 0.5) * turn % 1 < share else column for i, column in enumerate(columns)]
+        for cell, columns in low.items()
+    }
 
 
 def by_scores(scores: Mapping[Cell, Tensor], dial: Dial | None = None) -> dict[Cell, list[str]]:

@@ -19,7 +19,7 @@ import torch
 from flux_attention.data import Sample
 from flux_attention.evaluation.results import write_json
 from flux_attention.evaluation.runner import RunOptions, score_batch
-from flux_attention.evaluation.sample_set import checksum, digest
+from flux_attention.evaluation.sample_set import digest
 from flux_attention.models.attach import FluxAttention
 from flux_attention.route import Fixed, parse_columns
 
@@ -45,16 +45,16 @@ class OutcomeFile:
     Args:
         folder: of the files.
         settings: everything that determines a result besides sample and route; `task` and `length` among it.
-        samples: in their order; a file of other samples is refused.
+        checksums: of the samples, in their order; a file of other samples is refused.
 
     Raises:
         ValueError: the file is damaged, of another version, or of other settings or samples.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], checksums: Sequence[int]) -> None:
         self.settings = {"version": VERSION, **settings}
         self.path = folder / f"{settings['task']}-{settings['length']}-{digest(self.settings)}.json"
-        self.checksums = [checksum(sample) for sample in samples]
+        self.checksums = checksums
         self._found: dict[str, dict[int, Outcome]] = {}
         self._known: dict[str, int] = {}
         self._changed = False

@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class SampleSet:
 
     settings: Mapping[str, Any]
     cells: Mapping[tuple[str, int], tuple[Sample, ...]]
+
+    @cached_property
+    def checksums(self) -> dict[tuple[str, int], list[int]]:
+        """Of every sample, by cell."""
+        return {cell: [checksum(sample) for sample in samples] for cell, samples in self.cells.items()}
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from flux_attention.data import Sample, make_samples
+from flux_attention.data import Sample
 from flux_attention.evaluation.metrics import Estimate, bootstrap_mean, paired_ratio, wilson
 from flux_attention.evaluation.results import Figure
 from flux_attention.evaluation.runner import Progress, Record, RunOptions, check_samples, run_samples
+from flux_attention.evaluation.sample_set import SampleSet, make_sample_set, prepared_samples
 from flux_attention.models.attach import FluxAttention
 from flux_attention.route import Dense, Dial, Policy
 
@@ -61,13 +63,19 @@ def get_suite(name: str) -> Suite:
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """What a suite found: paired records and the figures made of them."""
+    """What a suite found: paired records and the figures made of them.
+
+    Attributes:
+        kv_shares: bytes held over dense of the prompts whose KV memory was measured.
+        texts: fingerprint of the text sources that the samples were made from.
+    """
 
     suite: Suite
     routed: Mapping[tuple[str, int], list[Record]]
     dense: Mapping[tuple[str, int], list[Record]]
     figures: tuple[Figure, ...]
     kv_shares: tuple[float, ...]
+    texts: Mapping[str, str]
 
     def details(self) -> dict[str, Any]:
         """Every sample, compactly, for the results file."""
@@ -93,6 +101,36 @@ class SuiteRun:
         return {"kv_shares": [round(share, 4) for share in self.kv_shares], "samples": samples}
 
 
+def suite_samples(
+    suite: Suite,
+    tokenizer: Any,
+    seed: int = 0,
+    *,
+    folder: Path | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> tuple[SampleSet, SampleSet | None]:
+    """Samples of a suite, and the longer ones whose KV memory is measured.
+
+    Args:
+        folder: where they are kept from one run to the next; None makes them anew.
+        workers: processes that make them, to be forked before CUDA starts.
+    """
+    if suite.n < 2:
+        raise ValueError(f"n must be at least 2 for an interval, got {suite.n}")
+
+    def make(cells: list[tuple[str, int]], n: int) -> SampleSet:
+        arguments: dict[str, Any] = {"workers": workers, "progress": progress}
+        if folder is None:
+            return make_sample_set(cells, n, seed, "test", tokenizer, **arguments)
+        return prepared_samples(folder, cells, n, seed, "test", tokenizer, **arguments)
+
+    found = make([(task, length) for task in suite.tasks for length in suite.lengths], suite.n)
+    if not suite.kv_figure:
+        return found, None
+    return found, make([(task, KV_LENGTH) for task in suite.kv_tasks], max(2, min(suite.n, KV_PROMPTS)))
+
+
 def run_suite(
     controller: FluxAttention,
     tokenizer: Any,
@@ -104,50 +142,45 @@ def run_suite(
     dial: Dial | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    samples: Path | None = None,
 ) -> SuiteRun:
     """Run a suite's samples routed and dense, on the same kernels, and compute its figures.
 
     Args:
         n: samples per task and length; None = the suite's.
+        samples: folder that keeps the samples, see `suite_samples`.
 
     Raises:
         ValueError: fewer than 2 samples, or a length the model cannot take.
     """
     suite = suite if n is None else replace(suite, n=n)
-    if suite.n < 2:
-        raise ValueError(f"n must be at least 2 for an interval, got {suite.n}")
-    cells: dict[tuple[str, int], list[Sample]] = {
-        (task, length): make_samples(task, suite.n, length, seed, "test", tokenizer)
-        for task in suite.tasks
-        for length in suite.lengths
-    }
-    for samples in cells.values():
-        check_samples(controller, samples)
+    found, long = suite_samples(suite, tokenizer, seed, folder=samples, progress=progress)
+    cells = found.cells
+    for some in cells.values():
+        check_samples(controller, some)
     routed, dense = {}, {}
-    for key, samples in cells.items():
+    for key, some in cells.items():
         label = f"{key[0]} {key[1]}"
         routed[key] = run_samples(
-            controller, tokenizer, samples, policy=policy, dial=dial, options=options, progress=progress, label=label
+            controller, tokenizer, some, policy=policy, dial=dial, options=options, progress=progress, label=label
         )
         dense[key] = run_samples(
             controller,
             tokenizer,
-            samples,
+            some,
             policy=Dense(),
             options=options,
             progress=progress,
             label=f"{label}, dense",
         )
     shares: list[float] = []
-    if suite.kv_figure:
-        prompts = [
-            sample
-            for task in suite.kv_tasks
-            for sample in make_samples(task, max(2, min(suite.n, KV_PROMPTS)), KV_LENGTH, seed, "test", tokenizer)
-        ]
+    if long is not None:
+        prompts = [sample for some in long.cells.values() for sample in some]
         with controller.using(policy, dial):
             shares = kv_shares_held(controller, prompts, progress)
-    return SuiteRun(suite, routed, dense, tuple(_figures(suite, routed, dense, shares)), tuple(shares))
+    return SuiteRun(
+        suite, routed, dense, tuple(_figures(suite, routed, dense, shares)), tuple(shares), found.settings["texts"]
+    )
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ of two), `B` rows with one token each. Weights are those of `nn.Linear`: `[out, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -188,6 +189,7 @@ def rotary_append(
         v_pages.flatten(0, 1)[slots] = v.unflatten(-1, (hk, dim))
         return new_q
     from flux_attention.kernels import fused_triton as kernels
+    from flux_attention.kernels import overlap
 
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     rows, hq = q.shape[0], q.shape[1] // dim
@@ -213,9 +215,103 @@ def rotary_append(
         HALF=dim // 2,
         PAGE=page,
         NORM=q_norm is not None,
+        OVERLAP=overlap.enabled(),
         num_warps=1,
+        launch_pdl=overlap.enabled(),
     )
     return out
+
+
+# ------------------------------------------------------------------------------------------------ router
+
+#: Tokens that one program pools.
+_POOLED = 8
+
+
+def pool_queries(
+    q: Tensor, index: Tensor, weight: Tensor, dim: int, norm: Norm | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """Queries before the rotary embedding pooled over tokens and heads, in parts whose sum is the pooled query.
+
+    `q [N, Hq * D]`; `index` int64 and `weight` float32 `[S, K]` as in a `PoolPlan`; `dim` is `D`. Returns float32
+    `[S, parts, D]`.
+    """
+    if not _triton(q, impl):
+        tokens = q[index].unflatten(-1, (-1, dim))
+        mean = (tokens if norm is None else norm(tokens)).mean(2, dtype=torch.promote_types(q.dtype, torch.float32))
+        return torch.einsum("sk,skd->sd", weight.to(mean.dtype), mean)[:, None]
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    q = q.contiguous()
+    (rows, k), hq = index.shape, q.shape[1] // dim
+    parts = triton.cdiv(k, _POOLED)
+    out = torch.empty(rows, parts, dim, dtype=torch.float32, device=q.device)
+    kernels.pool_kernel[(parts, rows)](
+        q,
+        index,
+        weight,
+        q if norm is None else norm.weight,
+        out,
+        k,
+        0.0 if norm is None else norm.eps,
+        HQ=hq,
+        HEADS=triton.next_power_of_2(hq),
+        D=dim,
+        TOKENS=_POOLED,
+        NORM=norm is not None,
+        num_warps=4,
+    )
+    return out
+
+
+def router_logits(
+    parts: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    silu: Sequence[bool],
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """One layer's router on pooled queries in parts, `[S, parts, D]` → logits `[S, 2]`, float32.
+
+    `mean, scale [D]` whiten the input; `weights [out, in]`, `biases [out]`, and whether SiLU follows, layer by layer.
+    """
+    if not _triton(parts, impl):
+        x = (parts.sum(1) - mean) * scale
+        for weight, bias, active in zip(weights, biases, silu, strict=True):
+            x = F.linear(x, weight, bias)
+            x = F.silu(x) if active else x
+        return x
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    x, rows = parts, parts.shape[0]
+    for i, (weight, bias, active) in enumerate(zip(weights, biases, silu, strict=True)):
+        n, k = weight.shape
+        out = torch.empty(rows, 1, n, dtype=torch.float32, device=parts.device)
+        kernels.router_kernel[(triton.cdiv(n, 8), rows)](
+            x,
+            mean,
+            scale,
+            weight,
+            bias,
+            out,
+            n,
+            x.shape[1],
+            K=k,
+            BK=triton.next_power_of_2(k),
+            BN=8,
+            WHITEN=i == 0,
+            SILU=active,
+            num_warps=4,
+        )
+        x = out
+    return x[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ one token
@@ -245,12 +341,15 @@ def _key(kind: str, weight: Tensor) -> tuple[object, ...]:
     return (weight.device, weight.dtype, kind, *weight.shape)
 
 
-def _launch(kind: str, weight: Tensor, config: VectorConfig | None) -> tuple[VectorConfig, dict[str, int]]:
+def _launch(kind: str, weight: Tensor, config: VectorConfig | None) -> tuple[VectorConfig, dict[str, Any]]:
     import triton
+
+    from flux_attention.kernels import overlap
 
     config = config or _TUNED.get(_key(kind, weight), VECTOR_CONFIGS[0])
     block = min(config.block, triton.next_power_of_2(weight.shape[1]))
-    return config, {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
+    meta = {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
+    return config, meta | {"OVERLAP": overlap.enabled(), "launch_pdl": overlap.enabled()}
 
 
 def vector(

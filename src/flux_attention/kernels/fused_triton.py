@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flux_attention.kernels.overlap import after_previous
+
 # ------------------------------------------------------------------------------------------------ rows of tokens
 
 
@@ -89,8 +91,11 @@ def rotary_append_kernel(
     p_q, p_k, p_v, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_pages, p_v_pages, p_table, p_count, eps,
     stride_table, stride_p, stride_t, stride_h,
     HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token a row: its queries rotated to `p_q_out`, its keys and values put behind the row's keys in its pages."""
+    if OVERLAP:
+        after_previous()
     i_s, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
     p_c, p_s = p_cos + i_s * D, p_sin + i_s * D
@@ -119,13 +124,64 @@ def rotary_append_kernel(
             tl.store(p_v_pages + i_v * stride_h + o_out + HALF, tl.load(p_row + HALF + o_d))
 
 
+# ------------------------------------------------------------------------------------------------ router
+
+
+@triton.jit
+def pool_kernel(
+    p_q, p_index, p_token, p_weight, p_out, k, eps,
+    HQ: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Weighted sums, over TOKENS tokens of a sequence each, of the mean of a token's normalised heads.
+
+    `p_q [N, HQ * D]`, `p_index, p_token [S, k]`: which tokens, and their weights; `p_out [S, ceil(k / TOKENS), D]`.
+    """
+    i_c, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_h, o_d = tl.arange(0, HEADS), tl.arange(0, D)
+    m_h = (o_h < HQ)[:, None]
+    b_out = tl.zeros([D], tl.float32)
+    for i in range(TOKENS):
+        i_k = i_c * TOKENS + i
+        m_k = i_k < k
+        i_t = tl.load(p_index + i_s * k + i_k, mask=m_k, other=0).to(tl.int64)
+        b_token = tl.load(p_token + i_s * k + i_k, mask=m_k, other=0.0)
+        o_x = i_t * HQ * D + o_h[:, None] * D + o_d[None, :]
+        b_x = tl.load(p_q + o_x, mask=m_h, other=0.0).to(tl.float32)
+        if NORM:
+            b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
+            b_x = b_x * tl.load(p_weight + o_d).to(tl.float32)[None, :]
+        b_out += tl.sum(b_x, 0) * (b_token / HQ)
+    tl.store(p_out + (i_s * tl.num_programs(0) + i_c) * D + o_d, b_out)
+
+
+@triton.jit
+def router_kernel(
+    p_x, p_mean, p_scale, p_weight, p_bias, p_out, n, parts,
+    K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, WHITEN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One layer of the router's MLP, float32: `weight [n, K]` times `x`, the sum of `parts` rows `[S, parts, K]`."""
+    i_n, i_s = tl.program_id(0), tl.program_id(1)
+    o_n, o_k = i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    m_n, m_k = o_n < n, o_k < K
+    b_x = tl.zeros([BK], tl.float32)
+    for i in range(parts):
+        b_x += tl.load(p_x + (i_s * parts + i) * K + o_k, mask=m_k, other=0.0)
+    if WHITEN:
+        b_x = (b_x - tl.load(p_mean + o_k, mask=m_k, other=0.0)) * tl.load(p_scale + o_k, mask=m_k, other=0.0)
+    b_w = tl.load(p_weight + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+    b_out = tl.sum(b_w * b_x[None, :], 1) + tl.load(p_bias + o_n, mask=m_n, other=0.0)
+    if SILU:
+        b_out = b_out * tl.sigmoid(b_out)
+    tl.store(p_out + i_s * n + o_n, b_out, mask=m_n)
+
+
 # ------------------------------------------------------------------------------------------------ one token
 
 
 @triton.jit
 def _products(
     p_x, p_norm, p_weight, o_n, m_n, eps,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Products of rows `o_n` of a weight `[N, K]` with the vector `p_x [K]`, normalised first if NORM; float32 `[BN]`.
 
@@ -138,9 +194,14 @@ def _products(
         o_k = i * BK + tl.arange(0, BK)
         if K % BK == 0:
             b_w = tl.load(p_rows + o_k[None, :], mask=m_n[:, None], other=0.0)
-            b_x = tl.load(p_x + o_k).to(tl.float32)
         else:
             b_w = tl.load(p_rows + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+        if OVERLAP and i == 0:
+            # Weights do not depend on the kernel before: the first of them are on their way already.
+            after_previous()
+        if K % BK == 0:
+            b_x = tl.load(p_x + o_k).to(tl.float32)
+        else:
             b_x = tl.load(p_x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
         if NORM:
             b_square += b_x * b_x
@@ -156,10 +217,11 @@ def _products(
 def _vector(
     p_x, p_norm, p_weight, p_bias, p_add, p_out, i_n, n, eps,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < n
-    b_out = _products(p_x, p_norm, p_weight, o_n, m_n, eps, K, BN, BK, NORM)
+    b_out = _products(p_x, p_norm, p_weight, o_n, m_n, eps, K, BN, BK, NORM, OVERLAP)
     if BIAS:
         b_out += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
     if ADD:
@@ -171,16 +233,17 @@ def _vector(
 def vector_kernel(
     p_x, p_norm, p_weight, p_bias, p_add, p_out, n, eps,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`weight [n, K] @ x + bias + add`, x normalised first if NORM."""
-    _vector(p_x, p_norm, p_weight, p_bias, p_add, p_out, tl.program_id(0), n, eps, K, BN, BK, NORM, BIAS, ADD)
+    _vector(p_x, p_norm, p_weight, p_bias, p_add, p_out, tl.program_id(0), n, eps, K, BN, BK, NORM, BIAS, ADD, OVERLAP)
 
 
 @triton.jit
 def three_kernel(
     p_x, p_norm, p_weight_a, p_weight_b, p_weight_c, p_bias_a, p_bias_b, p_bias_c, p_out_a, p_out_b, p_out_c,
     n_a, n_b, n_c, eps,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Three products of one normalised vector in one launch: queries, keys and values."""
     i = tl.program_id(0)
@@ -188,21 +251,21 @@ def three_kernel(
     i_c = i_b - (n_b + BN - 1) // BN
     # Written out three times: a pointer chosen at run time would lose its alignment, and with it the wide loads.
     if i_b < 0:
-        _vector(p_x, p_norm, p_weight_a, p_bias_a, p_x, p_out_a, i, n_a, eps, K, BN, BK, True, BIAS, False)
+        _vector(p_x, p_norm, p_weight_a, p_bias_a, p_x, p_out_a, i, n_a, eps, K, BN, BK, True, BIAS, False, OVERLAP)
     elif i_c < 0:
-        _vector(p_x, p_norm, p_weight_b, p_bias_b, p_x, p_out_b, i_b, n_b, eps, K, BN, BK, True, BIAS, False)
+        _vector(p_x, p_norm, p_weight_b, p_bias_b, p_x, p_out_b, i_b, n_b, eps, K, BN, BK, True, BIAS, False, OVERLAP)
     else:
-        _vector(p_x, p_norm, p_weight_c, p_bias_c, p_x, p_out_c, i_c, n_c, eps, K, BN, BK, True, BIAS, False)
+        _vector(p_x, p_norm, p_weight_c, p_bias_c, p_x, p_out_c, i_c, n_c, eps, K, BN, BK, True, BIAS, False, OVERLAP)
 
 
 @triton.jit
 def gated_kernel(
     p_x, p_norm, p_gate, p_up, p_out, n, eps,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`silu(gate @ x) * (up @ x)` of one normalised vector."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < n
-    b_gate = _products(p_x, p_norm, p_gate, o_n, m_n, eps, K, BN, BK, True)
-    b_up = _products(p_x, p_norm, p_up, o_n, m_n, eps, K, BN, BK, True)
+    b_gate = _products(p_x, p_norm, p_gate, o_n, m_n, eps, K, BN, BK, True, OVERLAP)
+    b_up = _products(p_x, p_norm, p_up, o_n, m_n, eps, K, BN, BK, True, False)
     tl.store(p_out + o_n, (b_gate * tl.sigmoid(b_gate) * b_up).to(p_out.dtype.element_ty), mask=m_n)

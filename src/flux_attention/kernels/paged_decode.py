@@ -108,6 +108,7 @@ def paged_decode_triton(
     """
     import triton
 
+    from flux_attention.kernels import overlap
     from flux_attention.kernels import paged_decode_triton as kernels
 
     for name, t in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("page_table", page_table), ("out", out)):
@@ -150,7 +151,9 @@ def paged_decode_triton(
         BLOCK=config.block,
         STAGES=config.stages,
         PRECISION="ieee",
+        OVERLAP=overlap.enabled(),
         num_warps=config.warps,
+        launch_pdl=overlap.enabled(),
     )
     kernels.combine_kernel[(rows, hq, max(1, dim // 64))](
         part,
@@ -165,7 +168,9 @@ def paged_decode_triton(
         D=dim,
         BLOCK=32,
         BLOCK_D=min(64, dim),
+        OVERLAP=overlap.enabled(),
         num_warps=4,
+        launch_pdl=overlap.enabled(),
     )
     return out
 

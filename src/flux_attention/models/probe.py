@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from flux_attention.models.attach import FluxAttention
+    from flux_attention.models.attach import FluxAttention, Step
 
 #: Graphs kept, and prompts that one may hold: each graph keeps the memory of its pass.
 _KEPT, _MOST = 4, 8
@@ -72,9 +73,20 @@ class ProbeGraphs:
         with torch.cuda.graph(graph):
             p_full = run()
 
-        def replay(ends: Tensor) -> Tensor:
-            ids.copy_(ends)
-            graph.replay()
-            return p_full.cpu()
+        return _Replay(ids, graph, p_full, step)
 
-        return replay
+
+@dataclass(frozen=True)
+class _Replay:
+    """A captured probe. Its graph reads and writes the memory of these tensors, so they live as long as it does."""
+
+    ids: Tensor
+    graph: torch.cuda.CUDAGraph
+    p_full: Tensor
+    step: Step
+
+    def __call__(self, ends: Tensor) -> Tensor:
+        """`p_full [L, S]` on the host for the prompts' two ends, `[S, columns]`."""
+        self.ids.copy_(ends)
+        self.graph.replay()
+        return self.p_full.cpu()

@@ -33,11 +33,13 @@ class Measured:
         damage: see the module's head; 0 = the dense model's answer.
         nll: of the reference answer, nats a token.
         accuracy: share of the scored spans that teacher forcing gets right.
+        loss: what a route is judged by, see `answer_loss`.
     """
 
     damage: Tensor
     nll: Tensor
     accuracy: Tensor
+    loss: Tensor
 
 
 def counts_as_whole(sample: Sample) -> bool:
@@ -48,6 +50,27 @@ def counts_as_whole(sample: Sample) -> bool:
 def span_share(right: Sequence[bool], sample: Sample) -> float:
     """Share of the sample's scored spans whose answer tokens are all `right`."""
     return sum(all(right[a:b]) for a, b in sample.scored_spans) / len(sample.scored_spans)
+
+
+def answer_loss(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
+    """How far a teacher-forced answer is from right, smooth, a scalar; `logits [n, V]`, `target [n]`.
+
+    Running text: NLL in nats a token. A short exact answer: one minus its softened accuracy, plus a
+    quarter of the NLL up to 2 nats, which still tells routes apart on answers that are wrong either way.
+    """
+    nll = F.cross_entropy(logits.float(), target)
+    if not counts_as_whole(sample):
+        return nll
+    return 1 - softened_accuracy(sample, logits, target) + 0.25 * nll.clamp_max(2)
+
+
+def softened_accuracy(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
+    """Sigmoid of the smallest lead of a right token over the next best, mean over the sample's spans, a scalar."""
+    logits = logits.float()
+    right = logits.gather(-1, target[:, None])
+    others = logits.scatter(-1, target[:, None], float("-inf"))
+    lead = right[:, 0] - others.amax(-1)
+    return torch.sigmoid(torch.stack([lead[a:b].min() for a, b in sample.scored_spans])).mean()
 
 
 class DamageMeter:
@@ -122,36 +145,59 @@ class DamageMeter:
         if tuple(use_full.shape) != (self.layers, len(indices)):
             raise ValueError(f"use_full must be [{self.layers}, {len(indices)}], got {list(use_full.shape)}")
         use_full = use_full.cpu().bool()
-        damage, nll, accuracy = (torch.full((len(indices),), float("nan")) for _ in range(3))
+        damage, nll, accuracy, loss = (torch.full((len(indices),), float("nan")) for _ in range(4))
         for places in self.batches(indices):
             members = [indices[place] for place in places]
             batch, answer = self.collate(members)
             with self.controller.using(Fixed(Route(use_full[:, places]))):
                 logits = answer_logits(self.controller, batch["input_ids"], batch["attention_mask"], answer)
             counts = answer.rows.bincount().tolist()
-            kls, losses, flags = [], [], []
+            kls, losses, judged, flags = [], [], [], []
             parts = zip(members, logits.split(counts), answer.targets.split(counts), strict=True)
             for member, part, target in parts:
                 losses.append(F.cross_entropy(part.float(), target))
+                judged.append(answer_loss(self.samples[member], part, target))
                 flags.append(part.argmax(-1) == target)
                 if self._teacher:
                     kl = token_kl(self._teacher[member], part)
                     kls.append(kl.sum() if counts_as_whole(self.samples[member]) else kl.mean())
             # One copy to the host for each kind of result.
             nll[places] = torch.stack(losses).cpu()
+            loss[places] = torch.stack(judged).cpu()
             if kls:
                 damage[places] = (1 - torch.exp(-torch.stack(kls))).clamp_min(0).cpu()
             right = torch.cat(flags).cpu().split(counts)
             for place, member, flag in zip(places, members, right, strict=True):
                 accuracy[place] = span_share(flag.tolist(), self.samples[member])
-        return Measured(damage, nll, accuracy)
+        return Measured(damage, nll, accuracy, loss)
 
     def routes(self, use_full: Tensor) -> Measured:
         """Every sample under each of `use_full [R, L]`; results are `[R, n]`."""
         count, n = use_full.shape[0], len(self.samples)
         pairs = use_full.cpu().bool().repeat_interleave(n, 0).T
         found = self.measure(list(range(n)) * count, pairs)
-        return Measured(*(value.view(count, n) for value in (found.damage, found.nll, found.accuracy)))
+        return Measured(*(value.view(count, n) for value in (found.damage, found.nll, found.accuracy, found.loss)))
+
+    def _answers(self) -> list[tuple[Sample, Tensor, Tensor]]:
+        """Samples, dense logits and targets."""
+        if not self._teacher:
+            raise ValueError("this meter keeps no dense answers; make it with teacher=True")
+        return [
+            (sample, logits, torch.tensor(sample.answer_ids, device=logits.device))
+            for sample, logits in zip(self.samples, self._teacher, strict=True)
+        ]
+
+    def dense_losses(self) -> Tensor:
+        """`answer_loss` of every sample under the dense model, float32 `[n]` on the CPU."""
+        return torch.stack([answer_loss(*answer) for answer in self._answers()]).float().cpu()
+
+    def within_reach(self, least: float = 0.05) -> list[int]:
+        """Samples with a softened accuracy of at least `least` under the dense model, and all running text."""
+        return [
+            i
+            for i, answer in enumerate(self._answers())
+            if not counts_as_whole(answer[0]) or float(softened_accuracy(*answer)) >= least
+        ]
 
     def answered(self, least: float = 0.99) -> list[int]:
         """Samples that the dense model answers (running text always): the others cannot tell which layers retrieve."""

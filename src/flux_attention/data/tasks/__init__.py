@@ -18,6 +18,7 @@ from flux_attention.data.tasks.kv_lookup import KeyValueLookup
 from flux_attention.data.tasks.math_problems import MathProblems
 from flux_attention.data.tasks.module_summary import ModuleSummary
 from flux_attention.data.tasks.niah import Needle
+from flux_attention.data.tasks.open_prompts import OpenQuestion, OpenRequest
 from flux_attention.data.tasks.passages import PassageCount, PassageRetrieval
 from flux_attention.data.tasks.row_qa import RowQA
 from flux_attention.data.tasks.variable_tracking import VariableTracking
@@ -50,6 +51,8 @@ _BUILT_IN: tuple[Task, ...] = (
     Continuation(name="prose_continuation", source="topics", test_source="topics"),
     Continuation(name="docstring_continuation", source="docstrings", test_source="docstrings", held_out=True),
     ModuleSummary(name="module_summary"),
+    OpenQuestion(name="open_question"),
+    OpenRequest(name="open_request"),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _BUILT_IN}
@@ -58,13 +61,28 @@ TASKS: dict[str, Task] = {task.name: task for task in _BUILT_IN}
 ALIASES: dict[str, str] = {"needle1": "niah_single_2", "needle4": "niah_multikey_1"}
 
 
+#: Tasks over data that does not ship with Python: "gsm8k" reads the Hub, "gsm8k:PROBLEMS[:SOLVED]" JSONL files.
+FROM_FILES: dict[str, str] = {"gsm8k": "gsm8k", "math500": "math"}
+
+
 def get_task(task: str | Task) -> Task:
-    """A task by name, alias or itself."""
+    """A task by name, alias or itself. A name of `FROM_FILES` stands for its latest files from then on.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: a file that is not there.
+    """
     if isinstance(task, Task):
         return task
+    name, *files = task.split(":")
+    if name in FROM_FILES and len(files) <= 2 and (files or name not in TASKS):
+        path, solved = (*files, None, None)[:2]
+        # Never trained on: their problems may be in a test.
+        TASKS[name] = MathProblems(name=name, kind=FROM_FILES[name], path=path, shots_path=solved, held_out=True)
+        return TASKS[name]
     name = ALIASES.get(task, task)
     if name not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join((*TASKS, *ALIASES))}")
+        raise ValueError(f"unknown task {task!r}; known: {', '.join((*TASKS, *ALIASES, *FROM_FILES))}")
     return TASKS[name]
 
 
@@ -110,6 +128,8 @@ __all__ = [
     "MathProblems",
     "ModuleSummary",
     "Needle",
+    "OpenQuestion",
+    "OpenRequest",
     "PassageCount",
     "PassageRetrieval",
     "RowQA",

@@ -1,4 +1,4 @@
-"""GSM8K and MATH-500 with as many solved examples as fit, from JSONL files of their original fields."""
+"""GSM8K and MATH-500 with as many solved examples as fit, from JSONL files of their original fields or the Hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,31 @@ from flux_attention.data.prompt import Draft, encode, encode_text
 from flux_attention.data.sample import HOLISTIC, Sample
 from flux_attention.data.tasks.base import Task
 
+#: kind -> data set on the Hub, its configuration, splits of problems and of solved examples
+HUB: dict[str, tuple[str, str | None, str, str | None]] = {
+    "gsm8k": ("openai/gsm8k", "main", "test", "train"),
+    "math": ("HuggingFaceH4/MATH-500", None, "test", None),
+}
 #: kind -> (question field, solution field, metric, question form, solution form)
 _KINDS = {
     "gsm8k": ("question", "answer", "number_match", "Question: {question}", "Answer: {solution}"),
     "math": ("problem", "solution", "boxed_match", "Problem: {question}", "Solution: {solution}"),
 }
+
+
+@lru_cache(maxsize=4)
+def _read_hub(kind: str, solved: bool) -> tuple[tuple[str, str], ...]:
+    name, config, split, solved_split = HUB[kind]
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reading {name} from the Hub needs the package datasets: pip install 'flux-attention[train]'; or give a "
+            f"JSONL file: {kind}:PATH"
+        ) from error
+    question, solution = _KINDS[kind][:2]
+    rows = load_dataset(name, config, split=solved_split if solved and solved_split else split)
+    return tuple((row[question].strip(), row[solution].strip()) for row in rows)
 
 
 def _read(path: str, question: str, solution: str) -> tuple[tuple[str, str], ...]:
@@ -66,7 +86,7 @@ class MathProblems(Task):
 
     Args:
         kind: "gsm8k" (`question`, `answer`) or "math" (`problem`, `solution`).
-        path: JSONL with the problems to solve.
+        path: JSONL with the problems to solve; None = the data set on the Hub (`HUB`).
         shots_path: JSONL with the solved examples; without it they come from `path`, the asked row excluded.
         shots: most examples, None for as many as the length takes.
     """
@@ -75,7 +95,7 @@ class MathProblems(Task):
     metric: str = "number_match"
     teacher_forced: bool = False
     kind: str
-    path: str
+    path: str | None = None
     shots_path: str | None = None
     shots: int | None = None
 
@@ -91,10 +111,11 @@ class MathProblems(Task):
     def sample(self, rng: random.Random, tokenizer: Any, length: int, split: str) -> Sample:
         self._check(length, split)
         question_field, solution_field, _, question_form, solution_form = _KINDS[self.kind]
-        rows = _read(self.path, question_field, solution_field)
+        rows = _read_hub(self.kind, False) if self.path is None else _read(self.path, question_field, solution_field)
         asked = rng.randrange(len(rows))
         question, solution = rows[asked]
-        examples = list(_read(self.shots_path or self.path, question_field, solution_field))
+        solved = self.shots_path or self.path
+        examples = list(_read_hub(self.kind, True) if solved is None else _read(solved, question_field, solution_field))
         examples = [row for row in examples if row[0] != question]
         rng.shuffle(examples)
         intro = "Solve the problem. Solved examples come first."
