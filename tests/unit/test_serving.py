@@ -313,3 +313,13 @@ def test_the_command_names_the_way_out(monkeypatch, capsys):
         main(["serve", "smollm2", "--adapter", "smollm2-135m-instruct", "--port", "1"])
     assert left.value.code == 2
     assert "vLLM 0.30.0 is not supported" in " ".join(capsys.readouterr().err.split())
+
+
+def test_other_versions_run_without_the_plugin(monkeypatch, caplog):
+    """vLLM calls `register` in every process of every engine: an installed plugin must not break those it is not for."""
+    from flux_attention import serving
+    from flux_attention.serving import compat
+
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.30.0")
+    serving.register()
+    assert "vLLM 0.30.0 is not supported" in caplog.text

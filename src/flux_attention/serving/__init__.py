@@ -6,12 +6,22 @@ for routing with `--additional-config '{"flux": {"adapter": …}}'`, which `flux
 
 from __future__ import annotations
 
+import logging
+
 
 def register() -> None:
-    """Make the plugin's classes known to vLLM. Raises UnsupportedVLLMError outside of the supported range."""
-    from flux_attention.serving.compat import check_version, on_request_validation
+    """Make the plugin's classes known to vLLM.
 
-    check_version()
+    Outside of the supported range it only warns: vLLM loads the plugin in every process, whether an engine asks for
+    routing or not. One that does is refused by the scheduler and the worker.
+    """
+    from flux_attention.serving.compat import UnsupportedVLLMError, check_version, on_request_validation
+
+    try:
+        check_version()
+    except UnsupportedVLLMError as error:
+        logging.getLogger(__name__).warning("Flux routing is not available: %s", error)
+        return
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
