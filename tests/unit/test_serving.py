@@ -316,7 +316,7 @@ def test_the_command_names_the_way_out(monkeypatch, capsys):
 
 
 def test_other_versions_run_without_the_plugin(monkeypatch, caplog):
-    """vLLM calls `register` in every process of every engine: an installed plugin must not break those it is not for."""
+    """vLLM calls `register` in every process of every engine, for the plugin's or not."""
     from flux_attention import serving
     from flux_attention.serving import compat
 
