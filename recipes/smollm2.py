@@ -620,7 +620,7 @@ def card(result: dict[str, Any]) -> str:
     lines += ["", "| group | target Ω | tasks | layers, least needed first |", "|---|---|---|---|"]
     for group in result["groups"]:
         order = " ".join(map(str, result["rankings"][group["name"]]["order"]))
-        lines.append(f"| {group['name']} | {group['target']:.2f} | {', '.join(group['tasks'])} | {order} |")
+        lines.append(f"| {group['name']} | {group['target']:.2f} | {', '.join(dict.fromkeys(group['tasks']))} | {order} |")
     evaluation = result["evaluation"]
     tasks = list(evaluation["policies"]["dense"])
     lines += [
