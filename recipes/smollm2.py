@@ -620,7 +620,8 @@ def card(result: dict[str, Any]) -> str:
     lines += ["", "| group | target Ω | tasks | layers, least needed first |", "|---|---|---|---|"]
     for group in result["groups"]:
         order = " ".join(map(str, result["rankings"][group["name"]]["order"]))
-        lines.append(f"| {group['name']} | {group['target']:.2f} | {', '.join(dict.fromkeys(group['tasks']))} | {order} |")
+        tasks = ", ".join(dict.fromkeys(group["tasks"]))
+        lines.append(f"| {group['name']} | {group['target']:.2f} | {tasks} | {order} |")
     evaluation = result["evaluation"]
     tasks = list(evaluation["policies"]["dense"])
     lines += [
