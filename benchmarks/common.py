@@ -113,9 +113,18 @@ class Recorder:
     figures: dict[str, Figure] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, name: str, value: float, unit: str, repetitions: Sequence[float] = ()) -> None:
+    def add(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        repetitions: Sequence[float] = (),
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        """`interval`: the bounds of the value's 95 % interval."""
         name = self.prefix + name
-        figure = Figure(name, float(value), unit, repetitions=tuple(repetitions))
+        low, high = interval or (None, None)
+        figure = Figure(name, float(value), unit, low=low, high=high, repetitions=tuple(repetitions))
         self.figures[name] = figure
         print(f"  {name:<44} {figure.value:>12.4g} {unit}", flush=True)
         self.save()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from common import Recorder, consecutive_ms, label, median_ms, once_ms, program_name, run_sections, sync
 from model_8b import ForcedDensity, NoAttention, build, qwen3_8b, random_blocks, toy
+from routing import routing
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -36,7 +37,6 @@ from flux_attention.kernels.api import Packing, dense_attention
 from flux_attention.models.attach import FluxAttention, attach, detach
 from flux_attention.modes import Mode
 from flux_attention.route import Fixed, Interleaved, PolicyContext, Route
-from flux_attention.router import LayerRouter
 
 #: Memory a server of one 80 GB device has, and what it keeps free of weights and keys.
 DEVICE_BYTES, HEADROOM_BYTES = 80e9, 4e9
@@ -386,82 +386,6 @@ def memory(setup: Setup, record: Recorder) -> None:
         record.note(f"throughput_{label(n)}_{name}", details)
     record.add(f"kv_bytes_{label(n)}_q75_vs_dense", held["q75"] / held["dense"], "ratio")
     record.add(f"throughput_{label(n)}_q75_vs_dense", rates["q75"] / rates["dense"], "×")
-
-
-def routing(setup: Setup, record: Recorder) -> None:
-    """What finding the route costs: before the prefill (probe), and inside of it (inline)."""
-    controller, model, n = setup.controller, setup.model, setup.short
-    config = controller.config
-    prompt = setup.prompt(n)
-    # Prompts come from a tokenizer, on the host.
-    host = prompt.cpu()
-
-    def probe() -> Route:
-        return controller.route([host])
-
-    wall = []
-    for i in range(25):
-        sync(setup.device)
-        started = time.perf_counter()
-        probe()
-        # A route is host data, so nothing is left to wait for.
-        if i >= 5:
-            wall.append((time.perf_counter() - started) * 1e3)
-    record.add("routing_probe_ms", statistics.median(wall), "ms", wall)
-
-    detach(model)
-    inline = FluxConfig(**{**vars(config), "backbone": None, "router_input": "inline"})
-    controller = setup.attach(inline)
-    try:
-        # Half of the layers sparse, by the router itself: both kinds of layers wait for a decision.
-        bias_layers(controller.router)
-        pool = make_pool_like(setup, controller, n)
-
-        def once(route: Route | None) -> tuple[float, Route]:
-            cache = controller.new_cache(pool=pool, max_row_tokens=n)
-            ms = once_ms(lambda: generation._padded_prefill(controller, [prompt], cache, route), setup.device)
-            assert cache.route is not None
-            found = cache.route
-            cache.clear()
-            return ms, found
-
-        _, route = once(None)
-        once(route)
-        pairs, inline_ms, static_ms = [], [], []
-        for i in range(15):
-            # Turns change places, so that a drift of the clocks falls on both alike.
-            if i % 2:
-                b, a = once(route)[0], once(None)[0]
-            else:
-                a, b = once(None)[0], once(route)[0]
-            pairs.append(a - b)
-            inline_ms.append(a)
-            static_ms.append(b)
-        record.note(
-            "routing_inline",
-            {
-                "inline_ms": statistics.median(inline_ms),
-                "static_ms": statistics.median(static_ms),
-                "sparse_layers": int((~route.use_full).sum()),
-            },
-        )
-        record.add("routing_inline_ms", statistics.median(pairs), "ms", pairs)
-    finally:
-        detach(model)
-        setup.attach(config)
-
-
-def bias_layers(router: LayerRouter) -> None:
-    """Send every second layer of an untrained router to the sparse side."""
-    with torch.no_grad():
-        router.biases[-1][::2, 1] = -router.full_bias
-
-
-def make_pool_like(setup: Setup, controller: FluxAttention, tokens: int) -> PagePool:
-    cache = controller.new_cache(max_row_tokens=tokens)
-    route = setup.route(0.0)
-    cache.set_route(route)
-    return generation._exact_pool(controller, cache, route, [tokens])
 
 
 def overlap(setup: Setup, record: Recorder) -> None:
