@@ -53,8 +53,8 @@ gpu-test: ## tests that need a CUDA device, with the current python3 and its pac
 	@PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
 
 bench: ## benchmarks on the current device, written to benchmarks/results
-	@PYTHONPATH=src $(PYTHON) benchmarks/kernels.py
-	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py
+	@PYTHONPATH=src $(PYTHON) benchmarks/session.py kernels --seconds 3600
+	@PYTHONPATH=src $(PYTHON) benchmarks/session.py model --seconds 3600
 	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py --sections sweep
 	@PYTHONPATH=src $(PYTHON) benchmarks/head_level.py
 	@PYTHONPATH=src $(PYTHON) benchmarks/plots.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -148,10 +149,19 @@ class Recorder:
             )
 
 
-def run_sections(sections: Sequence[tuple[str, Callable[[Recorder], None]]], record: Recorder) -> int:
-    """Run each section for itself: one that fails is reported, and the others still run. Returns the failures."""
+def run_sections(
+    sections: Sequence[tuple[str, Callable[[Recorder], None]]], record: Recorder, until: float = math.inf
+) -> int:
+    """Run each section for itself: one that fails is reported, and the others still run. Returns the failures.
+
+    A section that is not begun `until` then (`time.perf_counter`) counts as one.
+    """
     failures = 0
     for name, section in sections:
+        if time.perf_counter() > until:
+            print(f"{name}\n  FAILED {name}: no time left for it", flush=True)
+            failures += 1
+            continue
         print(f"{name}", flush=True)
         started = time.perf_counter()
         try:

@@ -14,6 +14,7 @@ import argparse
 import copy
 import functools
 import gc
+import math
 import statistics
 import sys
 import time
@@ -59,6 +60,8 @@ class Setup:
     short: int
     steps: int
     budget: float
+    until: float
+    """No section begins, and no prefill is repeated, after this (`time.perf_counter`)."""
     fuse: bool | None
     tiny: bool
     started: float = field(default_factory=time.perf_counter)
@@ -280,9 +283,12 @@ def prefill(setup: Setup, record: Recorder) -> None:
         # Two chunks: compiles kernels for a prompt's first chunk and for those with a past.
         record.note(f"warm_{kind}_ms", one(kind, warm, warm_pool))
     del warm_pool
+    budget_until = min(setup.until, time.perf_counter() + setup.budget)
     for i, n in enumerate(setup.lengths):
         free(setup)
-        started, allowed = time.perf_counter(), setup.budget * (0.4 if i == 0 else 0.6)
+        started = time.perf_counter()
+        # A longer prompt takes several times as long, and its one round is worth more than another one of this.
+        allowed = (budget_until - started) * (1 if i == len(setup.lengths) - 1 else 0.25)
         parts = {"fa": attention_ms(setup, n, "full", 1), "sa": attention_ms(setup, n, "sparse", 3)}
         record.note(f"parts_{label(n)}_ms", parts)
         prompt = setup.prompt(n)
@@ -485,6 +491,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", default="131072,262144", help="tokens, ascending")
     parser.add_argument("--no-fuse", action="store_true", help="leave the model's own norms, rotary embedding and MLPs")
     parser.add_argument("--budget", type=float, default=120, help="seconds for the repetitions of all prefills")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no section after that")
     parser.add_argument("--steps", type=int, default=30, help="decode steps that are timed")
     parser.add_argument("--layers", type=int, default=36, help="of the model; other than 36 writes no figures")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program itself")
@@ -522,6 +529,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         short=2048 if tiny else 32768,
         steps=3 if tiny else options.steps,
         budget=options.budget,
+        until=started + options.seconds,
         fuse=fuse,
         tiny=tiny,
     )
@@ -546,7 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The checks come first, whatever was chosen: without them no figure keeps its name.
     failures = run_sections(runs(["checks"]), record)
     record.prefix = "unchecked_" if failures else ""
-    return failures + run_sections(runs([name for name in chosen if name != "checks"]), record)
+    return failures + run_sections(runs([name for name in chosen if name != "checks"]), record, setup.until)
 
 
 if __name__ == "__main__":
