@@ -20,9 +20,10 @@ from torch import Tensor
 from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE
 
-#: The first tiles of a prompt see fewer keys than the others: "joined" with them in one launch, each row with a length
-#: of its own; in a launch "before" them, of plain causal attention; or in that launch "beside" them.
-FIRST = "joined"
+#: The first tiles of a prompt see fewer keys than the others, so plain causal attention does them: in a launch "beside"
+#: that of the others, so that the device drains only once, or "before" it. Or they are "joined" with the others, each
+#: row with a length of its own: every block of the kernel then waits for one more load before its first keys.
+FIRST = "beside"
 #: Passed on to flash-attn-4. Unpacked heads: a tile of queries is then a page of tokens, and measured 2 % faster.
 OPTIONS: dict[str, Any] = {"pack_gqa": False}
 
