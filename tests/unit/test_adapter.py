@@ -14,6 +14,7 @@ from flux_attention.config import Backbone, FluxConfig
 from flux_attention.models import adapter as module
 from flux_attention.models.adapter import (
     CONFIG_FILE,
+    DELTA_PATTERN,
     ROUTER_FILE,
     AdapterError,
     check_backbone,
@@ -244,7 +245,7 @@ def test_hub_id(folder, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_adapter("someone/their-router").config == OLD
-    assert asked == {"name": "someone/their-router", "allow_patterns": [CONFIG_FILE, ROUTER_FILE]}
+    assert asked == {"name": "someone/their-router", "allow_patterns": [CONFIG_FILE, ROUTER_FILE, DELTA_PATTERN]}
 
     def offline(name, **options):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")

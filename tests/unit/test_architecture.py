@@ -85,6 +85,7 @@ def test_public_names_are_listed_once():
 
 OPTIONAL = {
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "flash_attn",
     "gguf",

@@ -10,6 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from flux_attention.cli import data as data_commands
+from flux_attention.cli.convert import convert
+from flux_attention.cli.packs import train_packs
+
 T = TypeVar("T")
 
 app = typer.Typer(
@@ -21,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
 
 SMOLLM2 = "smollm2"
 
@@ -516,6 +521,30 @@ def train(
     notes.print(f"adapter: [bold]{out}[/bold]   try it: flux-attn eval --suite quick --adapter {out}")
 
 
+app.command(name="train-packs")(train_packs)
+app.add_typer(data_commands.app, name="data")
+app.command()(convert)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help='"smollm2", or a folder or Hub id of a Llama, Qwen2 or Qwen3 model.')],
+    adapter: Annotated[str, typer.Option(help="Shipped name, folder or Hub id of a router.")],
+    kv_bundle: Annotated[
+        int, typer.Option(help="Layers that share a KV-cache group; 0 = as many as leave six groups.")
+    ] = 0,
+    break_even: Annotated[
+        int, typer.Option(help="Prompts of at most this many tokens run dense; 0 = sinks + window.")
+    ] = 0,
+) -> None:
+    """Serve a model with vLLM (OpenAI-compatible); further options go to `vllm serve`."""
+    from flux_attention.serving.launch import serve as run
+
+    asked = {"kv_bundle": kv_bundle, "break_even_tokens": break_even}
+    run(model, adapter, context.args, {name: value for name, value in asked.items() if value})
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def bench(
     context: typer.Context,
@@ -573,6 +602,10 @@ def _open(
     )
 
 
+# Names, so that no optional package is imported to compare with.
+_EXPECTED = ("PoolExhaustedError", "OutOfMemoryError", "UnfinishedError", "UnsupportedVLLMError")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; errors of bad input are one line and exit code 2 (`--debug` shows where they came from)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -585,8 +618,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _fail(error, 2)
     except RuntimeError as error:
-        # A cache or a device that is too small is the user's to change; anything else is a bug worth a traceback.
-        if debug or type(error).__name__ not in ("PoolExhaustedError", "OutOfMemoryError", "UnfinishedError"):
+        # What the user can change; anything else is a bug worth a traceback.
+        if debug or type(error).__name__ not in _EXPECTED:
             raise
         _fail(error, 2)
     except KeyboardInterrupt:

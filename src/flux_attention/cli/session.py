@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def find_adapter(model: Any) -> Adapter:
             check_backbone(adapter.config, found)
         except AdapterError:
             continue
-        return Adapter(adapter.config, adapter.state, folder.name)
+        return replace(adapter, source=folder.name)
     names = ", ".join(sorted(shipped())) or "none"
     raise AdapterError(
         f"no shipped adapter fits {found.name!r} (shipped: {names}). Train one: `flux-attn train --model MODEL --out "

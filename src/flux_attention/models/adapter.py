@@ -4,6 +4,9 @@ Two files cannot be replaced in one step, so the configuration holds the router'
 moment that counts. A save puts the new router beside the old one as `router.safetensors.next`, renames the
 configuration into place, then the router. Stopped before the first rename, the old pair is whole; between the two, the
 configuration names the router in `.next`, from where loading takes it and the next save moves it home.
+
+An adapter that replaces weights of the backbone has a third file (`models.delta`). Its name holds its digest and the
+configuration names it, so it is written first and is committed by the same rename.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from flux_attention.config import Backbone, FluxConfig
+from flux_attention.models.delta import DELTA_PATTERN, BackboneDelta, DeltaError
 
 CONFIG_FILE = "flux_config.json"
 ROUTER_FILE = "router.safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _DIGEST = "router_sha256"
+_DELTA = "backbone_delta"
 _NEXT = ".next"
 
 
@@ -44,23 +49,32 @@ class Adapter:
         config: how it was trained, and for which backbone.
         state: the `LayerRouter`'s state dict, on the CPU.
         source: folder or Hub id it came from.
+        delta: weights of the backbone that it replaces while attached; None for a router alone.
     """
 
     config: FluxConfig
     state: dict[str, Tensor]
     source: str
+    delta: BackboneDelta | None = None
 
 
-def save_adapter(folder: str | Path, config: FluxConfig, state: Mapping[str, Tensor]) -> None:
+def save_adapter(
+    folder: str | Path,
+    config: FluxConfig,
+    state: Mapping[str, Tensor],
+    delta: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write an adapter; whatever goes wrong, an adapter that was in `folder` before can still be loaded.
 
     Args:
         folder: created with its parents; other files in it are left alone.
         config: its `backbone` must be known.
         state: the router's state dict; floating, finite.
+        delta: values of the backbone's parameters that the adapter replaces while attached.
 
     Raises:
         AdapterError: no backbone in `config`, or an empty, non-finite or non-floating state.
+        DeltaError: an empty or non-finite delta.
         OSError: the disk is full, or the place is not writable.
     """
     folder = Path(folder).expanduser()
@@ -69,10 +83,16 @@ def save_adapter(folder: str | Path, config: FluxConfig, state: Mapping[str, Ten
     _check_state(state, f"cannot save {folder}")
     # A state dict may hold views of one stacked tensor; safetensors refuses shared storage.
     blob = dump_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()})
-    text = json.dumps({**config.to_dict(), _DIGEST: _sha256(blob)}, indent=2) + "\n"
+    values = {**config.to_dict(), _DIGEST: _sha256(blob)}
 
     folder.mkdir(parents=True, exist_ok=True)
     _finish_save(folder)
+    kept = None
+    if delta is not None:
+        written = BackboneDelta.write(folder, delta)
+        kept = written.path.name
+        values[_DELTA] = {"file": kept, "sha256": written.sha256}
+    text = json.dumps(values, indent=2) + "\n"
     next_router, next_config = folder / (ROUTER_FILE + _NEXT), folder / (CONFIG_FILE + _NEXT)
     try:
         _write(next_router, blob)
@@ -83,10 +103,12 @@ def save_adapter(folder: str | Path, config: FluxConfig, state: Mapping[str, Ten
         # Frees what a full disk needs; the old pair was not touched.
         next_router.unlink(missing_ok=True)
         next_config.unlink(missing_ok=True)
+        _drop_deltas(folder, keep=_delta_name(folder))
         raise
     _sync_folder(folder)
     os.replace(next_router, folder / ROUTER_FILE)
     _sync_folder(folder)
+    _drop_deltas(folder, keep=kept)
 
 
 def load_adapter(source: str | Path) -> Adapter:
@@ -107,7 +129,7 @@ def load_adapter(source: str | Path) -> Adapter:
         data = json.loads(config_path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"expected a JSON object, got {type(data).__name__}")
-        digest = data.pop(_DIGEST, None)
+        digest, named = data.pop(_DIGEST, None), data.pop(_DELTA, None)
         config = FluxConfig.from_dict(data)
     except ValueError as error:
         raise AdapterError(f"{config_path}: {error}") from error
@@ -133,7 +155,7 @@ def load_adapter(source: str | Path) -> Adapter:
             f"SHA-256 {actual[:12]}…, {_DIGEST} {digest[:12]}…; save or download the adapter again"
         )
     _check_state(state, str(router_path))
-    return Adapter(config=config, state=state, source=str(source))
+    return Adapter(config=config, state=state, source=str(source), delta=_read_delta(folder, named))
 
 
 def resolve(source: str | Path) -> Path:
@@ -227,6 +249,34 @@ def _check_state(state: Mapping[str, Tensor], where: str) -> None:
             raise AdapterError(f"{where}: tensor {name!r} holds NaN or infinite values; the router is unusable")
 
 
+def _read_delta(folder: Path, named: Any) -> BackboneDelta | None:
+    if named is None:
+        return None
+    config_path = folder / CONFIG_FILE
+    file, digest = (named.get(key) for key in ("file", "sha256")) if isinstance(named, dict) else (None, None)
+    # A path would reach outside of the adapter's folder.
+    if not isinstance(file, str) or not isinstance(digest, str) or Path(file).name != file:
+        raise AdapterError(f"{config_path}: {_DELTA} must name a file beside it and its sha256, got {named!r}")
+    try:
+        return BackboneDelta.read(folder / file, digest)
+    except DeltaError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _delta_name(folder: Path) -> str | None:
+    """File of the delta that the configuration in `folder` names, if there is one."""
+    try:
+        return str(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))[_DELTA]["file"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _drop_deltas(folder: Path, keep: str | None) -> None:
+    for path in folder.glob(DELTA_PATTERN):
+        if path.name != keep:
+            path.unlink(missing_ok=True)
+
+
 def _finish_save(folder: Path) -> None:
     """Move a router home that a killed save left in `.next`, before the next save writes over it."""
     next_router = folder / (ROUTER_FILE + _NEXT)
@@ -267,7 +317,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, ROUTER_FILE]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, ROUTER_FILE, DELTA_PATTERN]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         shipped = ", ".join(sorted(shipped_adapters())) or "none"
         raise AdapterError(

@@ -11,12 +11,13 @@ and packing), the cache, and the route. Everything the attention function needs 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import Packing, _importable, paged_decode
 from flux_attention.kernels.fused import Norm, pool_queries
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
+from flux_attention.models.blend import hard_blend, members_of, soft_blend
+from flux_attention.models.delta import AppliedDelta
 from flux_attention.models.families import family_of
 from flux_attention.models.fuse import Fusion, fuse, why_not
 from flux_attention.models.probe import ProbeGraphs
@@ -38,6 +41,8 @@ from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
 
 ATTENTION_NAME = "flux_attention"
+
+_logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------- layout
@@ -174,6 +179,8 @@ class Step:
     """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
     gates: Tensor | None = None
     """Training: differentiable z `[L, S]` or `[L, Hk, S]`, 1 = full; both sides run and are blended."""
+    use_full: tuple[tuple[bool, ...], ...] | None = None
+    """Values of gates `[L, S]` on the host where they are exactly 0 or 1; None for fractions and for heads."""
     soft: SoftRouting | None = None
     inline: bool = False
     keep_short_full: tuple[bool, ...] = ()
@@ -194,6 +201,22 @@ class Step:
     packings: dict[Any, Any] = field(default_factory=dict)
 
 
+class Exchange(Protocol):
+    """Several ranks hold a share of the tokens each; attention wants all tokens of a share of the heads."""
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """`[B, H, T/P, D]` → `[B, H/P, T, D]`, differentiable."""
+        ...
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """`[B, T, H/P, D]` → `[B, T/P, H, D]`, differentiable."""
+        ...
+
+    def pooled(self, hidden: Tensor, plan: PoolPlan, queries: Callable[[Tensor], Tensor]) -> Tensor:
+        """Pooled queries `[S, D]` of the whole sequences, the same bits on every rank; no gradient."""
+        ...
+
+
 @dataclass
 class SoftRouting:
     """Gates of training passes: give it to `FluxAttention.soft_routing`, read `gates` after a forward pass.
@@ -203,6 +226,10 @@ class SoftRouting:
         noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
         forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage), or `[L, Hk, S]` for
             gates of KV heads; may require grad.
+        forced_full: the values of forced gates `[L, S]` on the host, where all of them are exactly 0 or 1: only the
+            chosen side gets a backward pass then.
+        layout: where the sequences of the pass are, for callers that pack or split them; None = read from the inputs.
+        exchange: of the ranks that share the tokens of a pass; None = every token is here.
         logits: the router's logits of the last pass, `[L, S, 2]`.
         gates: z of the last pass, `[L, S]`, differentiable.
     """
@@ -211,10 +238,18 @@ class SoftRouting:
     noise: bool = True
     generator: torch.Generator | None = None
     forced: Tensor | None = None
+    forced_full: tuple[tuple[bool, ...], ...] | None = None
+    layout: Layout | None = None
+    exchange: Exchange | None = None
     logits: Tensor | None = None
     gates: Tensor | None = None
     pooled: Tensor | None = None
     _noise: Tensor | None = None
+
+
+def host_decisions(gates: Tensor) -> tuple[tuple[bool, ...], ...]:
+    """Straight-through gates `[L, S]` as booleans on the host; waits for the device once."""
+    return tuple(tuple(value > 0.5 for value in row) for row in gates.detach().tolist())
 
 
 # ---------------------------------------------------------------------------------------------------- controller
@@ -232,6 +267,7 @@ class FluxAttention:
         impl: kernel implementation of prefill attention, "auto" or a name of `kernels.api`.
         overlap: let the kernels of a captured decode step begin before the one before has ended (Hopper and later).
         last_route: route of the last prefill.
+        delta: weights of the backbone that the adapter replaced until `detach`; None where it replaced none.
     """
 
     def __init__(self, model: PreTrainedModel, config: FluxConfig, router: LayerRouter) -> None:
@@ -249,6 +285,7 @@ class FluxAttention:
         self.decode_impl = "auto"
         self.overlap = False
         self.last_route: Route | None = None
+        self.delta: AppliedDelta | None = None
         self.full_mode: Mode = make_mode(config.retrieval_mode, config)
         self.sparse_mode: Mode = make_mode(config.sparse_mode, config)
         self._step: Step | None = None
@@ -297,6 +334,9 @@ class FluxAttention:
         self.decoder.config._attn_implementation = self._implementation
         del self.decoder._flux_config
         del self.model._flux_attention_controller
+        if self.delta is not None:
+            self.delta.revert(self.model)
+            self.delta = None
 
     # ------------------------------------------------------------------ what users call
 
@@ -463,7 +503,9 @@ class FluxAttention:
         if columns == 0:
             raise ValueError("the prompt is empty (0 tokens)")
         cache = self._take_cache(kwargs)
-        layout = Layout.of(batch, columns, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
+        layout = self._soft.layout if self._soft is not None else None
+        if layout is None:
+            layout = Layout.of(batch, columns, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
         longest = max(layout.ends)
         limit = getattr(self.decoder.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
@@ -574,6 +616,7 @@ class FluxAttention:
                     f"got {list(shape)}"
                 )
             step.gates = soft.gates = soft.forced
+            step.use_full = soft.forced_full
             return
         shape = (layers, sequences, 2)
         soft._noise = gumbel_noise(shape, self.device, soft.generator) if soft.noise else None
@@ -581,6 +624,7 @@ class FluxAttention:
             soft.pooled = self.probe(self._prompts(step.layout, kwargs))
             soft.logits = self.router(soft.pooled)
             step.gates = soft.gates = straight_through_gate(soft.logits, soft.temperature, soft._noise)
+            step.use_full = host_decisions(step.gates)
         else:
             step.inline = True
             step.pool_plan = self._plan(step.layout)
@@ -617,16 +661,11 @@ class FluxAttention:
         if not (step.soft or step.collect_heads) and self.fusion is not None and self.fusion.pools(layer):
             return  # the layer calls `decide` or `pool`
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if step.soft is not None and not step.collect:
+            self.layer_gate(step, layer, hidden, lambda tokens: self.family.queries(module, tokens))
+            return
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
         tokens = step.pool_plan.gather(hidden.flatten(0, 1))
-        if step.soft is not None:
-            pooled = step.pool_plan.mean(self.family.queries(module, tokens))
-            logits = self.router(pooled.detach(), layer)
-            noise = None if step.soft._noise is None else step.soft._noise[layer]
-            step.pooled[layer] = pooled.detach()
-            step.decisions[layer] = (logits, None)
-            step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
-            return
         with self._beside(step, tokens):
             queries = self.family.queries(module, tokens)
             if step.collect_heads:
@@ -678,6 +717,30 @@ class FluxAttention:
         step.pooled[layer] = pooled
         if layer == len(self.layers) - 1:
             raise _ProbeDoneError
+
+    def layer_gate(self, step: Step, layer: int, hidden: Tensor, queries: Callable[[Tensor], Tensor]) -> Tensor:
+        """A training step's gate z `[S]` of one layer, decided once however often the layer runs.
+
+        Args:
+            hidden: `[B, T, hidden]`, what `queries` turns into queries before RoPE.
+            queries: `[S, K, hidden]` → `[S, K, Hq, D]`.
+        """
+        if step.gates is not None:
+            return step.gates[layer]
+        if ("gate", layer) not in step.packings:
+            assert step.soft is not None and step.pool_plan is not None
+            with torch.no_grad():
+                if step.soft.exchange is not None:
+                    pooled = step.soft.exchange.pooled(hidden, step.pool_plan, queries)
+                else:
+                    pooled = step.pool_plan.mean(queries(step.pool_plan.gather(hidden.flatten(0, 1))))
+            logits = self.router(pooled, layer)
+            noise = None if step.soft._noise is None else step.soft._noise[layer]
+            step.pooled[layer] = pooled
+            step.decisions[layer] = (logits, None)
+            step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
+        gate: Tensor = step.packings[("gate", layer)]
+        return gate
 
     @contextmanager
     def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
@@ -765,6 +828,9 @@ class FluxAttention:
         step = self._step
         if step is None:
             raise RuntimeError("an attached attention layer ran outside of its decoder; call the model itself")
+        exchange = step.soft.exchange if step.soft is not None else None
+        if exchange is not None:
+            query, key, value = (exchange.to_heads(x) for x in (query, key, value))
         batch, heads, columns, dim = query.shape
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if self.decodes:
@@ -786,24 +852,36 @@ class FluxAttention:
             assert step.index is not None
             # Padding gets zeros: it must carry nothing into the layers above, NaN least of all.
             out = out.new_zeros(batch * columns, heads, dim).index_copy(0, step.index, out)
-        return out.view(batch, columns, heads, dim)
+        out = out.view(batch, columns, heads, dim)
+        return out if exchange is None else exchange.to_tokens(out)
 
     def _blend(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """z·full + (1 − z)·sparse, the training form."""
         layout = step.layout
-        packing = step.packings.setdefault("whole", Packing(layout.counts, layout.counts))
         ends = step.prompt_ends if len(step.prompt_ends) == len(layout.counts) else layout.ends
-        gate = step.gates[layer] if step.gates is not None else step.packings[("gate", layer)]
-        counts = torch.tensor(layout.counts, device=gate.device)
-        # [N, 1, 1] for the layer, [N, Hq, 1] for its KV heads
-        gate = gate.repeat_interleave(counts, -1, output_size=q.shape[0]).to(q.dtype)
-        if gate.ndim == 1:
-            gate = gate[:, None, None]
+
+        def side(mode: Mode, members: list[int]) -> Tensor:
+            lengths = tuple(layout.counts[s] for s in members)
+            # Kept for the pass: a packing holds its offsets on the device.
+            packing = step.packings.setdefault(("packing", *members), Packing(lengths, lengths))
+            some_q, some_k, some_v = (members_of(x, members, layout.counts) for x in (q, k, v))
+            some_ends = tuple(ends[s] for s in members)
+            return mode.prefill(some_q, some_k, some_v, packing, some_ends, scale=scale, impl=self.impl)
+
+        gate = step.packings.get(("gate", layer)) if step.gates is None else step.gates[layer]
+        # A recomputed layer takes its gate as an input of its own, to which the gradient belongs.
+        gate = step.packings.get(("input", layer), gate)
+        assert gate is not None
+        if step.gates is not None and step.use_full is None:
+            every = list(range(len(layout.counts)))
+            return soft_blend(side(self.full_mode, every), side(self.sparse_mode, every), gate, layout.counts)
+        if step.use_full is not None:
+            use_full = step.use_full[layer]
         else:
-            gate = gate.T.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
-        full = self.full_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
-        sparse = self.sparse_mode.prefill(q, k, v, packing, ends, scale=scale, impl=self.impl)
-        return gate * full + (1 - gate) * sparse
+            if ("host", layer) not in step.packings:
+                step.packings["host", layer] = host_decisions(gate[None])[0]
+            use_full = step.packings["host", layer]
+        return hard_blend(side, self.full_mode, self.sparse_mode, gate, use_full, layout.counts)
 
     def _routed(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Each sequence on its own side; sequences of one side share a launch."""
@@ -993,7 +1071,8 @@ def attach(
             family allows it; the results are the same to rounding.
 
     Returns:
-        the controller; `detach(model)` ends it.
+        the controller; `detach(model)` ends it. An adapter with a `delta` replaces weights of the model until then; the
+        controller's `delta` and a logged warning name them.
 
     Raises:
         ValueError: unknown family, adapter of another backbone, a model that is attached already, or `fuse=True` for
@@ -1018,6 +1097,15 @@ def attach(
         router.load_state_dict(adapter.state)
     router.to(next(decoder.parameters()).device).float().eval()
     controller = FluxAttention(model, flux, router)
+    if isinstance(adapter, Adapter) and adapter.delta is not None:
+        controller.delta = AppliedDelta.apply(model, adapter.delta)
+        _logger.warning(
+            "%s replaces %d weights of %s until detach: %s",
+            adapter.source,
+            len(controller.delta.names),
+            found.name,
+            ", ".join(sorted({name.rpartition("self_attn.")[2] for name in controller.delta.names})),
+        )
     try:
         controller._install(fuse)
     except ValueError:

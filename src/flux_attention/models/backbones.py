@@ -107,6 +107,30 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "flux-attention"
 
 
+def converted_folder(name: str = SMOLLM2) -> Path:
+    """A packaged model as a plain transformers checkpoint in float32, for programs that read no GGUF.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: as `load_backbone`.
+        OSError: the checkpoint cannot be kept in the cache folder.
+    """
+    if name not in PACKAGED:
+        raise ValueError(f"no packaged model {name!r}; there are {', '.join(PACKAGED)}")
+    found = _find_gguf(name, None)
+    assert found is not None
+    digest = _file_sha256(*found[0])
+    folder = _copy_of(found[1], digest)
+    if not _is_sound(folder, digest):
+        load_backbone(name)
+        if not _is_sound(folder, digest):
+            raise OSError(f"{folder} cannot be written; set XDG_CACHE_HOME to a folder that can")
+    return folder
+
+
+def _copy_of(name: str, digest: str) -> Path:
+    return cache_folder() / f"{name}-{digest[:16]}"
+
+
 def _find_gguf(name_or_path: str | Path, gguf_path: str | Path | None) -> tuple[list[Path], str] | None:
     """The parts of the GGUF to load and the model's name, or None when `name_or_path` is for transformers."""
     if gguf_path is not None:
@@ -140,7 +164,7 @@ def _packaged_file(module: str, packaged: Packaged, backbone: str) -> Path:
 def _load_gguf(parts: list[Path], name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """From the converted copy when there is a sound one, else from the GGUF, leaving a copy behind."""
     digest = _file_sha256(*parts)
-    folder = cache_folder() / f"{name}-{digest[:16]}"
+    folder = _copy_of(name, digest)
     if _is_sound(folder, digest):
         try:
             return _load_converted(folder, name, dtype)

@@ -20,6 +20,7 @@ class Family:
         attention: attribute of a decoder layer that holds its attention module.
         query: projection from hidden states to queries.
         query_norm: norm of a head's query before RoPE, where the family has one.
+        input_norm: attribute of a decoder layer that holds the norm before its attention.
         fusable: whether its decoder layers are norm, attention with a rotary embedding over the whole head, add,
             norm, gated MLP, add, under Llama's names (`models/fuse.py`).
     """
@@ -28,6 +29,7 @@ class Family:
     attention: str = "self_attn"
     query: str = "q_proj"
     query_norm: str | None = None
+    input_norm: str = "input_layernorm"
     fusable: bool = False
 
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
@@ -37,6 +39,12 @@ class Family:
         if self.query_norm is not None:
             queries = getattr(attention, self.query_norm)(queries)
         return queries
+
+    def last_product(self, layer: nn.Module) -> nn.Linear | None:
+        """A decoder layer's last product if it is a plain one, whose value no gradient depends on; else None."""
+        module = layer.get_submodule("mlp.down_proj") if self.fusable else None
+        plain = type(module) is nn.Linear and module.bias is None and "forward" not in vars(module)
+        return module if plain and isinstance(module, nn.Linear) else None
 
 
 FAMILIES = {

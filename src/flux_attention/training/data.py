@@ -61,8 +61,12 @@ class RowFormat:
             raise ValueError(f"overlong must be truncate, skip or error, got {self.overlong!r}")
 
 
-def read_rows(source: str | Path, split: str = "train") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(
+    source: str | Path, split: str = "train", *, subset: str | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a `.jsonl` or `.parquet` file, or of a data set on the Hub, numbered from 1 (JSONL: by line).
+
+    `subset` names a configuration of a set on the Hub.
 
     Raises:
         ValueError: a JSONL line is not a JSON object; the message names the line.
@@ -83,25 +87,35 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[tuple[int, d
             raise FileNotFoundError(f"no such file: {path}")
         rows = load_dataset("parquet", data_files=str(path), split="train")
     else:
-        rows = load_dataset(str(source), split=split, streaming=True)
+        rows = load_dataset(str(source), subset, split=split, streaming=True)
     for number, row in enumerate(rows, 1):
         yield number, dict(row)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in jsonl_lines(path):
+        yield number, parse_line(line, f"{path}, row {number}")
+
+
+def jsonl_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, numbered from 1."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {number}: expected an object with fields, got {type(row).__name__}")
-            yield number, row
+            if line.strip():
+                yield number, line
+
+
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line. Raises ValueError naming `where`."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with fields, got {type(row).__name__}")
+    return row
 
 
 def row_to_sample(row: Mapping[str, Any], tokenizer: Any, fmt: RowFormat, *, where: str = "row") -> Sample | None:

@@ -7,8 +7,9 @@ outside of its tree (`objective.AnswerObjective`). So no optimiser, checkpoint o
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import FluxAttention
+from flux_attention.training.checkpoints import check_settings, newest_checkpoint, write_settings
 from flux_attention.training.data import Collator
 from flux_attention.training.objective import AnswerObjective, DamageObjective, Multipliers
 from flux_attention.training.schedules import temperature, warmup, warmup_cosine
@@ -135,6 +137,9 @@ class TrainConfig:
             report_to=list(report_to) or "none",
             disable_tqdm=not progress,
             use_cpu=device.type == "cpu",
+            # Every parameter is used in every pass, and no buffer changes under training.
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
         )
 
 
@@ -223,32 +228,19 @@ class RouterTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.flux_controller, self.flux_config = controller, config
-        objective: AnswerObjective | DamageObjective
-        every = list(callbacks)
-        if config.objective == "damage":
-            objective = DamageObjective(
-                controller.router, input_noise=config.input_noise, input_dropout=config.input_dropout
-            )
-            collate: Any = collate_features
-        else:
-            objective = AnswerObjective(
-                controller,
-                config.objective,
-                config.targets,
-                noise=config.gumbel_noise,
-                multiplier_start=config.multiplier_start,
-            ).to(controller.device)
-            every.append(_Project(objective.multipliers))
-            collate = Collator(pad_token_id=0)
-        self.objective = objective
         # No gradient is wanted here, and computing one would take the memory of a full fine-tuning.
         controller.model.requires_grad_(False)
         device = controller.device
         arguments = config.arguments(output_dir, device=device, report_to=report_to, progress=progress)
-        if arguments.device.type != device.type:
-            raise ValueError(
-                f"the backbone is on {device}, training runs on {arguments.device}: move the model before attaching"
-            )
+        # Asking for the device starts torch.distributed where a launcher wants it.
+        taken = arguments.device
+        if taken.type != device.type or (None not in (taken.index, device.index) and taken.index != device.index):
+            raise ValueError(f"the backbone is on {device}, training runs on {taken}: move the model before attaching")
+        objective, collate = self._objective_of(controller, config)
+        every = list(callbacks)
+        if isinstance(objective, AnswerObjective):
+            every.append(_Project(objective.multipliers))
+        self.objective = objective
         self._pass = (-1, 0)
         self._sums: dict[str, list[Tensor]] = {}
         super().__init__(
@@ -260,6 +252,24 @@ class RouterTrainer(Trainer):
         )
         # Our loss is a mean of the batch; the Trainer divides it by the number of accumulated passes.
         self.loss_is_scaled_for_ga = False
+
+    def _objective_of(
+        self, controller: FluxAttention, config: TrainConfig
+    ) -> tuple[AnswerObjective | DamageObjective, Any]:
+        """The module to train, and the collator of its batches."""
+        if config.objective == "damage":
+            objective = DamageObjective(
+                controller.router, input_noise=config.input_noise, input_dropout=config.input_dropout
+            )
+            return objective, collate_features
+        answers = AnswerObjective(
+            controller,
+            config.objective,
+            config.targets,
+            noise=config.gumbel_noise,
+            multiplier_start=config.multiplier_start,
+        )
+        return answers.to(controller.device), Collator(pad_token_id=0)
 
     # ------------------------------------------------------------------ optimisation
 
@@ -320,11 +330,18 @@ class RouterTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _generator(self) -> torch.Generator:
-        """Noise of this pass: a function of seed, step, pass and rank, so a resumed run draws the same."""
+        """Noise of this pass: a function of seed, step and batch of the step.
+
+        A resumed run draws the same, and so do several ranks and one that accumulates their batches.
+        """
         step, number = self._pass
-        rank = self.args.process_index
-        mixed = hash((self.flux_config.seed, step, number, rank)) & 0x7FFF_FFFF_FFFF_FFFF
+        rows, row = self._place()
+        mixed = hash((self.flux_config.seed, step, number * rows + row)) & 0x7FFF_FFFF_FFFF_FFFF
         return torch.Generator(self.flux_controller.device).manual_seed(mixed)
+
+    def _place(self) -> tuple[int, int]:
+        """How many different batches the ranks see at a time, and which of them this rank sees."""
+        return self.args.world_size, self.args.process_index
 
     # ------------------------------------------------------------------ logging
 
@@ -341,7 +358,8 @@ class RouterTrainer(Trainer):
         """The Trainer's log, with task loss, penalty, Ω and λ of each class and τ since the last one."""
         if "loss" in logs:
             for name, values in self._sums.items():
-                total = torch.stack(values).float().mean(0)
+                # Every rank logs, so that every rank is here.
+                total = self.accelerator.reduce(torch.stack(values).float().mean(0), reduction="mean")
                 if total.ndim == 0:
                     logs[name] = float(total)
                 elif float(total[1]) > 0:
@@ -355,12 +373,52 @@ class RouterTrainer(Trainer):
             self._sums = {}
         super().log(logs, start_time)
 
+    # ------------------------------------------------------------------ checkpoints
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it resumes: a change would change its numbers.
+
+        How the samples of a step are divided over ranks and accumulated passes is not among it.
+        """
+        values = asdict(self.flux_config)
+        accumulation = values.pop("accumulation")
+        for name in ("logging_steps", "save_steps"):
+            values.pop(name)
+        per_step = self._place()[0] * values.pop("batch_size") * accumulation
+        data = {"samples_per_step": per_step, "samples": len(self.train_dataset)}
+        adapter = {f"adapter.{name}": value for name, value in self.flux_controller.config.to_dict().items()}
+        return {**values, **data, **adapter}
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
+        """The Trainer's `train`; `True` resumes from the newest checkpoint that is complete.
+
+        Raises ResumeError for settings that differ from the checkpoint's, and lists them.
+        """
+        chosen = None
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                chosen = newest_checkpoint(str(self.args.output_dir))
+            else:
+                chosen = Path(resume_from_checkpoint)
+            check_settings(chosen, self.settings())
+        return super().train(resume_from_checkpoint=None if chosen is None else str(chosen), **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            # One of an earlier run, of which this one would leave the state behind if it were killed now.
+            shutil.rmtree(folder, ignore_errors=True)
+            write_settings(folder, self.settings())
+        super()._save_checkpoint(model, trial)
+
     # ------------------------------------------------------------------ the result
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the trained router as an adapter (`flux_config.json`, `router.safetensors`)."""
         if self.is_world_process_zero():
-            save_adapter(folder, self.flux_controller.config, compact_state(self.flux_controller.router))
+            controller = self.flux_controller
+            delta = None if controller.delta is None else controller.delta.source.load()
+            save_adapter(folder, controller.config, compact_state(controller.router), delta)
 
 
 def compact_state(router: nn.Module) -> dict[str, Tensor]:

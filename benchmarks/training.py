@@ -1,0 +1,358 @@
+"""Training a router for an 8B model (the shapes of Qwen3-8B, random weights) on one device: tokens a second and memory.
+
+    python benchmarks/training.py [--lengths 65536] [--objectives lm,distill] [--compile] [--out DIR]
+
+A step is one pack: forward, backward, clipping and AdamW, as the Trainer does them. Packs hold documents of 32K tokens
+(two of half the pack where it is shorter), and every token is learned, which is the dearest case for the loss. The
+figures are of a router as training starts: nearly every layer full, the dearest case for attention, and documents that
+distillation could leave out because all of their layers are full are not left out. `--sparsity` gives a share of the
+layers to the sparse side instead.
+
+Checked first, on four layers of the same shapes: the gradient of the gates against one in float32, within twice the
+error of plain bfloat16 attention. When that fails, figures are written under names that begin with "unchecked".
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Recorder, label, run_sections, sync
+from end_to_end import build, qwen3_8b, toy
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config
+
+from flux_attention.config import FluxConfig
+from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
+from flux_attention.models.attach import FluxAttention, SoftRouting, attach, detach
+from flux_attention.modes import Mode
+from flux_attention.training.chunked_loss import chunked_cross_entropy
+from flux_attention.training.compiled import compiled_layers
+from flux_attention.training.packed_objective import PackedObjective, pack_layout
+from flux_attention.training.recompute import recomputed_layers
+
+DOCUMENT = 32768
+#: Tokens at a document's end that count as its answer for the router's pooling.
+ANSWER = 256
+#: Enough gates that the norm of their error is no chance.
+CHECK_LAYERS, CHECK_DOCUMENTS = 8, 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the command line asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    model: Qwen3Config
+    flux: FluxConfig
+    lengths: tuple[int, ...]
+    objectives: tuple[str, ...]
+    documents: int
+    check_tokens: int
+    steps: int
+    sparsity: float | None
+    compile: bool
+    impl: str
+    sparse_impl: str
+    offload: bool
+
+
+@dataclass(frozen=True)
+class With(Mode):
+    """A mode that always runs one implementation."""
+
+    mode: Mode
+    implementation: str
+    name = "with"
+
+    @classmethod
+    def from_config(cls, config: FluxConfig) -> With:
+        raise NotImplementedError("made from a mode, not from a configuration")
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, packing: Any, prompt_ends: Any, *, scale: float, impl: str = "auto"
+    ) -> Tensor:
+        return self.mode.prefill(q, k, v, packing, prompt_ends, scale=scale, impl=self.implementation)
+
+
+def attached(setup: Setup, model: PreTrainedModel, impl: str | None = None) -> FluxAttention:
+    # A named implementation is the reference: nothing else may differ from the model's own code either. A toy run on a
+    # CPU takes the code of the real one, which is fused.
+    fuse = (True if setup.device.type == "cpu" else None) if impl is None else False
+    controller = attach(model, setup.flux, fuse=fuse)
+    controller.impl = impl or setup.impl
+    if impl is None and setup.sparse_impl != setup.impl:
+        controller.sparse_mode = With(controller.sparse_mode, setup.sparse_impl)
+    return controller
+
+
+def make_pack(setup: Setup, tokens: int, document: int) -> dict[str, Tensor]:
+    """Random documents back to back, every token but the first of each learned."""
+    lengths = [document] * (tokens // document) if tokens >= 2 * document else [tokens // 2, tokens - tokens // 2]
+    count = len(lengths)
+    ids = torch.randint(0, setup.model.vocab_size, (1, tokens))
+    weight = torch.cat([torch.full((n,), 1.0 / ((n - 1) * count)) for n in lengths])
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    weight[ends] = 0.0
+    pack = {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "targets": ids.roll(-1, 1),
+        "token_weight": weight[None],
+        "lengths": torch.tensor(lengths),
+        "prompt_lens": torch.tensor([n - min(ANSWER, n // 2) for n in lengths]),
+        "class_index": torch.arange(count) % len(TASK_CLASSES),
+    }
+    return {name: value.to(setup.device) for name, value in pack.items()}
+
+
+# ------------------------------------------------------------------------------------------------ check
+
+
+def gate_gradient(
+    controller: FluxAttention, pack: dict[str, Tensor], gates: Tensor, *, blended: bool, recompute: bool
+) -> dict[str, Tensor]:
+    """Loss and the gates' gradient `[L, S]` of the cross entropy over a pack, under fixed gates of 0 and 1.
+
+    `blended`: both sides with a graph, whatever the gates say, as the formula is written.
+    """
+    gates = gates.clone().requires_grad_()
+    full = tuple(tuple(v > 0.5 for v in row) for row in gates.tolist()) if not blended else None
+    lengths = tuple(pack["lengths"].tolist())
+    soft = SoftRouting(forced=gates, forced_full=full, layout=pack_layout(pack["input_ids"].shape[1], lengths))
+    head = controller.model.get_output_embeddings().weight
+
+    def loss() -> Tensor:
+        with controller.soft_routing(soft):
+            hidden = controller.decoder(
+                input_ids=pack["input_ids"], position_ids=pack["position_ids"], use_cache=False
+            ).last_hidden_state
+        return chunked_cross_entropy(hidden[0], head, pack["targets"][0], pack["token_weight"][0])
+
+    if recompute:
+        with recomputed_layers(controller):
+            found = loss()
+            found.backward()
+    else:
+        found = loss()
+        found.backward()
+    assert gates.grad is not None
+    return {"loss": found.detach().double(), "gradient": gates.grad.double()}
+
+
+def checks(setup: Setup, record: Recorder) -> None:
+    shape = {name: value for name, value in setup.model.to_dict().items() if name != "layer_types"}
+    config = type(setup.model)(**{**shape, "num_hidden_layers": CHECK_LAYERS})
+    torch.manual_seed(1)
+    pack = make_pack(setup, CHECK_DOCUMENTS * setup.check_tokens, setup.check_tokens)
+    gates = torch.tensor(
+        [[float((layer + s) % 2) for s in range(CHECK_DOCUMENTS)] for layer in range(CHECK_LAYERS)], device=setup.device
+    )
+    found: dict[str, dict[str, Tensor]] = {}
+    model = build(config, setup.device, torch.float32)
+    runs: tuple[tuple[str, torch.dtype, str | None], ...] = (
+        ("float32", torch.float32, "sdpa"),
+        ("plain", setup.dtype, "sdpa"),
+        ("ours", setup.dtype, None),
+    )
+    for name, dtype, impl in runs:
+        # Not `model.to`: it would round the rotary frequencies, too, and hide what is compared.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        controller = attached(setup, model, impl)
+        ours = name == "ours"
+        try:
+            with compiled_layers(controller) if ours and setup.compile else nullcontext():
+                # In float32 whole score matrices are kept: too much for all layers at a time.
+                found[name] = gate_gradient(controller, pack, gates, blended=not ours, recompute=name != "plain")
+        finally:
+            detach(model)
+    del model, controller
+    free(setup)
+    for part, exact in found["float32"].items():
+        plain, ours = (float((found[name][part] - exact).norm() / exact.norm()) for name in ("plain", "ours"))
+        print(f"  relative error of the {part}: plain {plain:.2e}, ours {ours:.2e}", flush=True)
+        # In float32 both only reorder sums.
+        if not ours <= 2 * max(plain, 1e-4):
+            raise AssertionError(f"{part} differs by {ours:.2e}, plain attention by {plain:.2e}")
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def free(setup: Setup) -> None:
+    gc.collect()
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(setup.device)
+
+
+def set_sparsity(controller: FluxAttention, sparsity: float | None) -> None:
+    """The router as it starts, or one that gives a share of the layers, evenly spread, to the sparse side."""
+    router = controller.router
+    router.reset_parameters()
+    if sparsity is None:
+        return
+    layers = router.num_layers
+    with torch.no_grad():
+        for layer in range(layers):
+            sparse = int((layer + 1) * sparsity) > int(layer * sparsity)
+            router.biases[-1][layer, 1] = -20.0 if sparse else 20.0
+
+
+def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -> dict[str, Any]:
+    """Seconds of each step and the peak of memory, after one step to warm up."""
+    torch.manual_seed(0)
+    set_sparsity(controller, setup.sparsity)
+    objective = PackedObjective(controller, kind, {RETRIEVAL: 0.7, HOLISTIC: 1.0}, skip_full=False).to(setup.device)  # type: ignore[arg-type]
+    objective.temperature = 1.5
+    objective.generator = torch.Generator(setup.device).manual_seed(0)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4)
+    seconds, omega = [], 0.0
+    free(setup)
+    with recomputed_layers(controller, offload=setup.offload):
+        for number in range(setup.steps + 1):
+            pack = make_pack(setup, tokens, setup.documents)
+            sync(setup.device)
+            started = time.perf_counter()
+            found = objective(**pack)
+            found["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            sync(setup.device)
+            seconds.append(time.perf_counter() - started)
+            omega = float(found["sparsity"].mean())
+            print(
+                f"    step {number}: {seconds[-1]:.2f} s, Ω {omega:.2f}, loss {float(found['task_loss']):.3f}",
+                flush=True,
+            )
+    peak = torch.cuda.max_memory_allocated(setup.device) / 1e9 if setup.device.type == "cuda" else 0.0
+    return {"seconds": seconds[1:], "peak_gb": peak, "omega": omega}
+
+
+def fitting(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -> dict[str, Any] | None:
+    """`run_steps`, with the layers' inputs in the host's memory where it does not fit otherwise; None = not at all."""
+    for offload in dict.fromkeys((setup.offload, True)):
+        try:
+            return {**run_steps(replace(setup, offload=offload), controller, kind, tokens), "offload": offload}
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"    {tokens} tokens do not fit (offload={offload}): {str(error)[:80]}", flush=True)
+        free(setup)
+    return None
+
+
+def training(setup: Setup, record: Recorder) -> None:
+    model = build(setup.model, setup.device, setup.dtype)
+    controller = attached(setup, model)
+    table: list[dict[str, Any]] = []
+    peaks: dict[int, float] = {}
+    suffix = "" if setup.sparsity is None else f"_sparse{round(100 * setup.sparsity)}"
+    with compiled_layers(controller) if setup.compile else nullcontext():
+        for tokens in setup.lengths:
+            offload = setup.offload
+            for kind in setup.objectives:
+                name = f"train_8b_{label(tokens)}_{kind}{suffix}"
+                row = fitting(replace(setup, offload=offload), controller, kind, tokens)
+                if row is None:
+                    table.append({"tokens": tokens, "objective": kind, "fits": False})
+                    record.note("table", table)
+                    continue
+                offload = row["offload"]
+                rates = [tokens / s for s in row.pop("seconds")]
+                record.add(f"{name}_tokens_per_s", statistics.median(rates), "tokens/s", rates)
+                peaks[tokens] = max(peaks.get(tokens, 0.0), row["peak_gb"])
+                table.append(
+                    {"tokens": tokens, "objective": kind, "tokens_per_s": statistics.median(rates), "fits": True, **row}
+                )
+                record.note("table", table)
+            if tokens in peaks:
+                record.add(f"train_8b_{label(tokens)}_peak_gb{suffix}", peaks[tokens], "GB")
+    detach(model)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="65536", help="tokens of a pack, with commas; the table: 8192 … 131072")
+    parser.add_argument("--objectives", default="lm,distill")
+    parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after one to warm up")
+    parser.add_argument("--sparsity", type=float, default=None, help="share of layers that run sparse")
+    parser.add_argument("--compile", action="store_true", help="compile norms and gating for passes with gradients")
+    parser.add_argument("--impl", default="auto", help="of attention")
+    parser.add_argument("--sparse-impl", default=None, help="of the sparse side alone")
+    parser.add_argument("--offload", action="store_true", help="keep the layers' inputs in the host's memory")
+    parser.add_argument("--layers", type=int, default=36, help="of the model; other than 36 writes no figures")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program itself")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
+    parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    device, tiny = torch.device(options.device), options.tiny
+    if device.type != "cuda" and not tiny:
+        sys.exit("an 8B model needs a CUDA device; --tiny runs a toy anywhere")
+    flux = FluxConfig(sink_tokens=128, window_tokens=128 if tiny else 2048)
+    setup = Setup(
+        device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        model=toy() if tiny else qwen3_8b(options.layers),
+        flux=replace(flux, pool_tokens=20) if tiny else flux,
+        lengths=(1024,) if tiny else tuple(int(n) for n in options.lengths.split(",")),
+        objectives=tuple(options.objectives.split(",")),
+        documents=512 if tiny else DOCUMENT,
+        check_tokens=512 if tiny else 3072,
+        steps=1 if tiny else options.steps,
+        sparsity=options.sparsity,
+        compile=options.compile,
+        impl=options.impl,
+        sparse_impl=options.sparse_impl or options.impl,
+        offload=options.offload,
+    )
+    folder = options.out
+    if folder is None and not tiny and options.layers == 36:
+        folder = Path("benchmarks/results")
+    settings: dict[str, Any] = {
+        "backbone": "toy" if tiny else "Qwen3-8B shapes, random weights",
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "documents": setup.documents,
+        "sink_tokens": flux.sink_tokens,
+        "window_tokens": flux.window_tokens,
+        "sparsity": setup.sparsity,
+        "compile": setup.compile,
+        "impl": setup.impl,
+        "sparse_impl": setup.sparse_impl,
+        "offload": setup.offload,
+        "learned_tokens": "all",
+        "repetitions": setup.steps,
+    }
+    name = "training" if setup.sparsity is None else f"training-sparse{round(100 * setup.sparsity)}"
+    if options.lengths != "65536":
+        # A file is replaced by the next of its name: the table must not take the figures with it.
+        name += "-table"
+    record = Recorder(name, device, settings, folder, options.commit)
+
+    def section(run: Callable[[Setup, Recorder], None]) -> Callable[[Recorder], None]:
+        return functools.partial(run, setup)
+
+    failures = run_sections([("checks", section(checks))], record)
+    record.prefix = "unchecked_" if failures else ""
+    return failures + run_sections([("training", section(training))], record)
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)

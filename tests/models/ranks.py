@@ -1,0 +1,142 @@
+"""What each of several CPU processes runs in the tests of training at scale: `torchrun … ranks.py FOLDER JOB…`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flux_attention.models.attach import attach
+from flux_attention.training.scale import PackTrainer, ScaleConfig
+from tests.models.test_training import make_samples
+from tests.models.tiny import CONFIG, make_model
+
+#: Packs of a step, over all ranks and accumulated passes.
+PACKS = 2
+STEPS = 10
+
+
+def make_controller(router_input: str = "probe", fuse: bool = False) -> Any:
+    controller = attach(make_model("llama"), replace(CONFIG, router_input=router_input, full_bias=0.5), fuse=fuse)
+    torch.manual_seed(5)
+    torch.nn.init.normal_(controller.router.weights[-1], std=0.3)
+    return controller
+
+
+def make_config(**changes: Any) -> ScaleConfig:
+    values: dict[str, Any] = {
+        "steps": STEPS,
+        "accumulation": PACKS,
+        "pack_tokens": 320,
+        "logging_steps": 1,
+        "seed": 3,
+        "router_lr": 2e-3,
+        "multiplier_lr": 0.05,
+    }
+    return ScaleConfig(**{**values, **changes})
+
+
+def make_trainer(folder: Path, router_input: str = "probe", **changes: Any) -> PackTrainer:
+    callbacks = changes.pop("callbacks", ())
+    controller = make_controller(router_input, changes.pop("fuse", False))
+    if os.environ.get("RANK") == "1":
+        # What a rank measured for itself: the first rank's holds.
+        controller.router.input_scale.mul_(1.5)
+    config = make_config(**changes)
+    return PackTrainer(controller, config, make_samples(24), folder, progress=False, callbacks=callbacks)
+
+
+def outcome(trainer: PackTrainer) -> dict[str, Any]:
+    """Losses of every step, and the trained parameters."""
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    tasks = [row["task_loss"] for row in trainer.state.log_history if "loss" in row]
+    parameters = {name: p.detach().clone() for name, p in trainer.objective.named_parameters()}
+    return {"losses": losses, "tasks": tasks, "parameters": parameters}
+
+
+class KillAt(TrainerCallback):
+    """SIGKILL to this process at the end of a step, or in the middle of writing its checkpoint."""
+
+    def __init__(self, step: int, *, saving: bool) -> None:
+        self.step, self.saving = step, saving
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step != self.step:
+            return
+        if not self.saving:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def half(self: TrainerState, path: str) -> None:
+            Path(path).write_text('{"global_step": ')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        TrainerState.save_to_json = half
+
+
+class FailAt(TrainerCallback):
+    """Rank 1 fails at `step`: with an error, or killed, as by a machine out of memory."""
+
+    def __init__(self, step: int, *, killed: bool) -> None:
+        self.step, self.killed = step, killed
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.step and args.process_index == 1:
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("this rank has had enough")
+
+
+JOBS: dict[str, dict[str, Any]] = {
+    "ddp": {"accumulation": 1},
+    # Fused, as on a GPU: sharding takes that off, sharing rows does not.
+    "fsdp": {"accumulation": 1, "shard_backbone": True, "objective": "distill", "fuse": True},
+    "ulysses": {"sequence_parallel": 2, "fuse": True},
+    "ulysses_inline": {"sequence_parallel": 2, "router_input": "inline", "objective": "distill"},
+    "fails": {"accumulation": 1, "callbacks": (FailAt(2, killed=False),)},
+    "dies": {"accumulation": 1, "callbacks": (FailAt(2, killed=True),)},
+}
+
+
+def killed(folder: Path, step: int, saving: bool) -> None:
+    """A run of one process that is killed."""
+    make_trainer(folder, callbacks=(KillAt(step, saving=saving),), save_steps=2).train()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if sys.argv[2] == "killed":
+        killed(folder, int(sys.argv[3]), sys.argv[4] == "saving")
+    for job in sys.argv[2:]:
+        options = dict(JOBS[job])
+        trainer = make_trainer(folder / job, options.pop("router_input", "probe"), **options)
+        weights = {n: p.detach().clone() for n, p in trainer.flux_controller.model.named_parameters()}
+        trainer.train()
+        assert all(p.grad is None for p in trainer.flux_controller.model.parameters())
+        found = outcome(trainer)
+        after = dict(trainer.flux_controller.model.named_parameters())
+        found["backbone_same"] = all(torch.equal(_whole(after[n]), _whole(w)) for n, w in weights.items())
+        found["shards"] = sum(_local(p).numel() for p in after.values()) / sum(p.numel() for p in after.values())
+        torch.save(found, folder / f"{job}-{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+if __name__ == "__main__":
+    main()

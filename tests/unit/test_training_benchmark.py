@@ -1,0 +1,40 @@
+"""The training benchmark runs anywhere on a toy model, and records what it measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments):
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "training.py"),
+        "--tiny",
+        "--device",
+        "cpu",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_the_toy_run_checks_and_records(tmp_path):
+    done = run("--out", tmp_path, "--sparsity", "0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "relative error of the gradient" in done.stdout
+    (path,) = tmp_path.glob("training-sparse50-*.json")
+    data = json.loads(path.read_text())
+    figures = {figure["name"]: figure["value"] for figure in data["figures"]}
+    assert set(figures) == {
+        "train_8b_1k_lm_sparse50_tokens_per_s",
+        "train_8b_1k_distill_sparse50_tokens_per_s",
+        "train_8b_1k_peak_gb_sparse50",
+    }
+    assert figures["train_8b_1k_lm_sparse50_tokens_per_s"] > 0
+    rows = data["details"]["table"]
+    assert [row["objective"] for row in rows] == ["lm", "distill"]
+    # The route was what the command line asked for.
+    assert all(row["omega"] == 0.5 for row in rows)
+    assert data["settings"]["backbone"] == "toy"
