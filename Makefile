@@ -11,6 +11,8 @@ STAMP := $(VENV)/.installed
 SERVING := .venv-vllm
 SERVING_STAMP := $(SERVING)/.installed
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(4, os.cpu_count() or 1)))")
+# An oracle takes up to 10 GB of the device.
+GPU_PARALLEL = $(shell $(PYTHON) -c "import importlib.util as i; print('-n 6' if i.find_spec('xdist') else '')")
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Several processes share the cores: more threads than cores slow every one of them down.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -66,11 +68,12 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	@$(BIN)/ruff format .
 
 gpu-test: ## tests that need a CUDA device, with the current python3 and its packages
-	@PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
+	@# Most of the time goes into compiling kernels, a core each. Without pytest-xdist they take turns.
+	@PYTHONPATH=src $(ONE_THREAD) $(PYTHON) -m pytest -m gpu --durations=8 $(GPU_PARALLEL) tests
 
 bench: ## benchmarks on the current device, written to benchmarks/results
-	@PYTHONPATH=src $(PYTHON) benchmarks/kernels.py
-	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py
+	@PYTHONPATH=src $(PYTHON) benchmarks/session.py kernels --seconds 3600
+	@PYTHONPATH=src $(PYTHON) benchmarks/session.py model --seconds 3600
 	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py --sections sweep
 	@PYTHONPATH=src $(PYTHON) benchmarks/head_level.py
 	@PYTHONPATH=src $(PYTHON) benchmarks/plots.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -113,9 +114,18 @@ class Recorder:
     figures: dict[str, Figure] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, name: str, value: float, unit: str, repetitions: Sequence[float] = ()) -> None:
+    def add(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        repetitions: Sequence[float] = (),
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        """`interval`: the bounds of the value's 95 % interval."""
         name = self.prefix + name
-        figure = Figure(name, float(value), unit, repetitions=tuple(repetitions))
+        low, high = interval or (None, None)
+        figure = Figure(name, float(value), unit, low=low, high=high, repetitions=tuple(repetitions))
         self.figures[name] = figure
         print(f"  {name:<44} {figure.value:>12.4g} {unit}", flush=True)
         self.save()
@@ -139,10 +149,19 @@ class Recorder:
             )
 
 
-def run_sections(sections: Sequence[tuple[str, Callable[[Recorder], None]]], record: Recorder) -> int:
-    """Run each section for itself: one that fails is reported, and the others still run. Returns the failures."""
+def run_sections(
+    sections: Sequence[tuple[str, Callable[[Recorder], None]]], record: Recorder, until: float = math.inf
+) -> int:
+    """Run each section for itself: one that fails is reported, and the others still run. Returns the failures.
+
+    A section that is not begun `until` then (`time.perf_counter`) counts as one.
+    """
     failures = 0
     for name, section in sections:
+        if time.perf_counter() > until:
+            print(f"{name}\n  FAILED {name}: no time left for it", flush=True)
+            failures += 1
+            continue
         print(f"{name}", flush=True)
         started = time.perf_counter()
         try:

@@ -14,6 +14,7 @@ import argparse
 import copy
 import functools
 import gc
+import math
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from common import Recorder, consecutive_ms, label, median_ms, once_ms, program_name, run_sections, sync
 from model_8b import ForcedDensity, NoAttention, build, qwen3_8b, random_blocks, toy
+from routing import routing
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -36,7 +38,6 @@ from flux_attention.kernels.api import Packing, dense_attention
 from flux_attention.models.attach import FluxAttention, attach, detach
 from flux_attention.modes import Mode
 from flux_attention.route import Fixed, Interleaved, PolicyContext, Route
-from flux_attention.router import LayerRouter
 
 #: Memory a server of one 80 GB device has, and what it keeps free of weights and keys.
 DEVICE_BYTES, HEADROOM_BYTES = 80e9, 4e9
@@ -59,6 +60,8 @@ class Setup:
     short: int
     steps: int
     budget: float
+    until: float
+    """No section begins, and no prefill is repeated, after this (`time.perf_counter`)."""
     fuse: bool | None
     tiny: bool
     started: float = field(default_factory=time.perf_counter)
@@ -280,9 +283,12 @@ def prefill(setup: Setup, record: Recorder) -> None:
         # Two chunks: compiles kernels for a prompt's first chunk and for those with a past.
         record.note(f"warm_{kind}_ms", one(kind, warm, warm_pool))
     del warm_pool
+    budget_until = min(setup.until, time.perf_counter() + setup.budget)
     for i, n in enumerate(setup.lengths):
         free(setup)
-        started, allowed = time.perf_counter(), setup.budget * (0.4 if i == 0 else 0.6)
+        started = time.perf_counter()
+        # A longer prompt takes several times as long, and its one round is worth more than another one of this.
+        allowed = (budget_until - started) * (1 if i == len(setup.lengths) - 1 else 0.25)
         parts = {"fa": attention_ms(setup, n, "full", 1), "sa": attention_ms(setup, n, "sparse", 3)}
         record.note(f"parts_{label(n)}_ms", parts)
         prompt = setup.prompt(n)
@@ -388,82 +394,6 @@ def memory(setup: Setup, record: Recorder) -> None:
     record.add(f"throughput_{label(n)}_q75_vs_dense", rates["q75"] / rates["dense"], "×")
 
 
-def routing(setup: Setup, record: Recorder) -> None:
-    """What finding the route costs: before the prefill (probe), and inside of it (inline)."""
-    controller, model, n = setup.controller, setup.model, setup.short
-    config = controller.config
-    prompt = setup.prompt(n)
-    # Prompts come from a tokenizer, on the host.
-    host = prompt.cpu()
-
-    def probe() -> Route:
-        return controller.route([host])
-
-    wall = []
-    for i in range(25):
-        sync(setup.device)
-        started = time.perf_counter()
-        probe()
-        # A route is host data, so nothing is left to wait for.
-        if i >= 5:
-            wall.append((time.perf_counter() - started) * 1e3)
-    record.add("routing_probe_ms", statistics.median(wall), "ms", wall)
-
-    detach(model)
-    inline = FluxConfig(**{**vars(config), "backbone": None, "router_input": "inline"})
-    controller = setup.attach(inline)
-    try:
-        # Half of the layers sparse, by the router itself: both kinds of layers wait for a decision.
-        bias_layers(controller.router)
-        pool = make_pool_like(setup, controller, n)
-
-        def once(route: Route | None) -> tuple[float, Route]:
-            cache = controller.new_cache(pool=pool, max_row_tokens=n)
-            ms = once_ms(lambda: generation._padded_prefill(controller, [prompt], cache, route), setup.device)
-            assert cache.route is not None
-            found = cache.route
-            cache.clear()
-            return ms, found
-
-        _, route = once(None)
-        once(route)
-        pairs, inline_ms, static_ms = [], [], []
-        for i in range(15):
-            # Turns change places, so that a drift of the clocks falls on both alike.
-            if i % 2:
-                b, a = once(route)[0], once(None)[0]
-            else:
-                a, b = once(None)[0], once(route)[0]
-            pairs.append(a - b)
-            inline_ms.append(a)
-            static_ms.append(b)
-        record.note(
-            "routing_inline",
-            {
-                "inline_ms": statistics.median(inline_ms),
-                "static_ms": statistics.median(static_ms),
-                "sparse_layers": int((~route.use_full).sum()),
-            },
-        )
-        record.add("routing_inline_ms", statistics.median(pairs), "ms", pairs)
-    finally:
-        detach(model)
-        setup.attach(config)
-
-
-def bias_layers(router: LayerRouter) -> None:
-    """Send every second layer of an untrained router to the sparse side."""
-    with torch.no_grad():
-        router.biases[-1][::2, 1] = -router.full_bias
-
-
-def make_pool_like(setup: Setup, controller: FluxAttention, tokens: int) -> PagePool:
-    cache = controller.new_cache(max_row_tokens=tokens)
-    route = setup.route(0.0)
-    cache.set_route(route)
-    return generation._exact_pool(controller, cache, route, [tokens])
-
-
 def overlap(setup: Setup, record: Recorder) -> None:
     """Decode steps whose kernels may begin before the one before has ended: the same logits, in how much less time."""
     n, tokens = setup.lengths[0], [setup.prompt(1) for _ in range(4)]
@@ -561,6 +491,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", default="131072,262144", help="tokens, ascending")
     parser.add_argument("--no-fuse", action="store_true", help="leave the model's own norms, rotary embedding and MLPs")
     parser.add_argument("--budget", type=float, default=120, help="seconds for the repetitions of all prefills")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no section after that")
     parser.add_argument("--steps", type=int, default=30, help="decode steps that are timed")
     parser.add_argument("--layers", type=int, default=36, help="of the model; other than 36 writes no figures")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program itself")
@@ -598,6 +529,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         short=2048 if tiny else 32768,
         steps=3 if tiny else options.steps,
         budget=options.budget,
+        until=started + options.seconds,
         fuse=fuse,
         tiny=tiny,
     )
@@ -622,7 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The checks come first, whatever was chosen: without them no figure keeps its name.
     failures = run_sections(runs(["checks"]), record)
     record.prefix = "unchecked_" if failures else ""
-    return failures + run_sections(runs([name for name in chosen if name != "checks"]), record)
+    return failures + run_sections(runs([name for name in chosen if name != "checks"]), record, setup.until)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,11 @@ class PoolPlan:
     def gather(self, tokens: Tensor) -> Tensor:
         """`tokens [N, …]` → `[S, K, …]`."""
         return tokens[self.index]
+
+    @cached_property
+    def gathered(self) -> PoolPlan:
+        """The plan for what `gather` returns, flattened to `[S·K, …]`."""
+        return PoolPlan(torch.arange(self.index.numel(), device=self.index.device).view_as(self.index), self.weight)
 
     def mean(self, queries: Tensor) -> Tensor:
         """`queries [S, K, H, D]` before RoPE → their mean over tokens and heads, float32 `[S, D]`."""

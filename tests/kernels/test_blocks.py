@@ -168,16 +168,27 @@ def test_compact() -> None:
             assert not index[a, b, count[a, b] :].any()
 
 
-def _paged_causal(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, table: Tensor | None = None) -> None:
-    """What flash-attn-4's causal kernel computes, with and without a page table."""
+def _paged_causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    scale: float,
+    table: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    """What flash-attn-4's causal kernel computes, with and without a page table and lengths of its rows."""
     for b in range(q.shape[0]):
         keys, values = (t[b] if table is None else t[table[b].long()].flatten(0, 1) for t in (k, v))
-        packing = Packing((q.shape[1],), (keys.shape[0],))
-        out[b] = reference.dense_attention(q[b], keys, values, packing, scale=scale)
+        n = keys.shape[0] if lengths is None else int(lengths[b])
+        packing = Packing((q.shape[1],), (n,))
+        out[b] = reference.dense_attention(q[b], keys[:n], values[:n], packing, scale=scale)
 
 
-def test_pages_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["joined", "before"])
+def test_pages_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     monkeypatch.setattr(streaming_pages, "causal", _paged_causal)
+    monkeypatch.setattr(streaming_pages, "FIRST", first)
     rng = random.Random(1)
     torch.manual_seed(0)
     for _ in range(25):

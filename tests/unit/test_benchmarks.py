@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,27 @@ def test_plots_show_what_the_files_hold(tmp_path):
     made = run("plots.py", "--results", str(results), "--out", str(out)).split()
     assert [Path(path).name for path in made] == ["prefill.svg", "decode.svg", "head_level.svg"]
     assert all("<svg" in Path(path).read_text(encoding="utf-8") for path in made)
+
+
+def test_session_stops_in_time_and_leaves_nothing_behind(tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import session
+
+    # A program that never ends, with a child that would write a file after it.
+    slow, child, late = (tmp_path / name for name in ("slow.py", "child.py", "late"))
+    child.write_text(f"import time; time.sleep(4); open({str(late)!r}, 'w')\n")
+    slow.write_text(
+        f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, {str(child)!r}])\ntime.sleep(60)\n"
+    )
+    (tmp_path / "quick.py").write_text("print('quick', __import__('sys').argv[1:])\n")
+    quick = session.Step((str(tmp_path / "quick.py"), "{left}"), least=0.5)
+    monkeypatch.setattr(session, "STARTUP", 0.0)
+    steps = (quick, session.Step((str(slow),), least=0.5), quick)
+    monkeypatch.setattr(session, "PARTS", {"part": steps})
+    started = time.monotonic()
+    assert session.run("part", 3, []) == 2
+    assert time.monotonic() - started < 4
+    out = capfd.readouterr().out
+    assert "quick ['3']" in out and "stopped after" in out and "not begun" in out
+    time.sleep(2.5)
+    assert not late.exists()

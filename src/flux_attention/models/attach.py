@@ -659,7 +659,7 @@ class FluxAttention:
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
         if not (step.soft or step.collect_heads) and self.fusion is not None and self.fusion.pools(layer):
-            return  # from the layer's own queries: `pool`
+            return  # the layer calls `decide` or `pool`
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if step.soft is not None and not step.collect:
             self.layer_gate(step, layer, hidden, lambda tokens: self.family.queries(module, tokens))
@@ -678,21 +678,39 @@ class FluxAttention:
                 return
             step.decisions[layer] = _to_host(self.router(pooled.detach(), layer))
 
-    def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
-        """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`, and decide or collect."""
+    def decide(self, layer: int, hidden: Tensor, project: Callable[[Tensor], Tensor], norm: Norm | None) -> None:
+        """Have a fused layer's router decide from the layer's input, `hidden [B, T, H]`; only where it routes inline.
+
+        `project` takes the pooled tokens of the input, `[S, K, H]`, to their queries before the head norm. It all runs
+        beside the layer's first norm, whose many short blocks make room for it, as a projection's blocks would not:
+        they stay until the projection is done. So the decision has three projections and more to reach the host.
+        """
         step = self._step
-        if step is None or step.soft or step.collect_heads or not (step.collect or step.inline):
+        if step is None or step.soft or not step.inline:
             return
         plan, backbone = step.pool_plan, self.config.backbone
         assert plan is not None and backbone is not None
-        parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
-        if step.collect:
-            self._collect(step, layer, parts)
+        with self._beside(step, hidden):
+            queries = project(plan.gather(hidden.flatten(0, 1))).flatten(0, 1)
+            gathered = plan.gathered
+            parts = pool_queries(queries, gathered.index, gathered.weight, backbone.head_dim, norm)
+            step.decisions[layer] = _to_host(self.router.from_parts(parts, layer))
+
+    @property
+    def probing(self) -> bool:
+        """Whether the current pass is a probe."""
+        return self._step is not None and self._step.collect
+
+    def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
+        """Pool a probed, fused layer's queries before the rotary embedding, `[N, Hq * D]`."""
+        step = self._step
+        if step is None or not step.collect or step.collect_heads:
             return
-        # In line these few launches cost microseconds, and the projections to keys and values are still to come.
-        logits = self.router.from_parts(parts, layer)
-        with self._beside(step, logits):
-            step.decisions[layer] = _to_host(logits)
+        plan, backbone = step.pool_plan, self.config.backbone
+        assert plan is not None and backbone is not None
+        with self._beside(step, queries):
+            parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
+            self._collect(step, layer, parts)
 
     def _collect(self, step: Step, layer: int, pooled: Tensor) -> None:
         """Keep a layer's pooled queries. Raises `_ProbeDoneError` with the last one's: the rest of the pass is idle."""

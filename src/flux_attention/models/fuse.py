@@ -11,7 +11,7 @@ Shapes: `B` rows, `T` tokens, `H` hidden size, `Hq`, `Hk` heads, `D` head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
+#: Whether a probe's projections of one input run beside each other, on streams of their own.
+FORK = True
 
 
 def why_not(controller: FluxAttention) -> str | None:
@@ -83,7 +85,7 @@ class Fusion:
         self._changed = []
 
     def pools(self, index: int) -> bool:
-        """Whether layer `index` hands its own queries to the router (`FluxAttention.pool`) in this pass."""
+        """Whether layer `index` calls the router itself (`FluxAttention.decide`, `FluxAttention.pool`) in this pass."""
         return not torch.is_grad_enabled() and not self.layers[index].hooked
 
     def tune(self) -> None:
@@ -172,12 +174,16 @@ class _Layer:
         if hidden_states.shape[:2] == (1, 1) and self.controller.decodes and not self.attention._forward_hooks:
             return self._one_token(hidden_states.flatten(), position_embeddings)[None, None]
         mlp = self.layer.mlp
+        self.controller.decide(self.index, hidden_states, self._queries, self.q_norm)
         normed = fused.rms_norm(hidden_states, self.first)
         attended, _ = self.attention(hidden_states=normed, **arguments)
         del normed
         normed, total = fused.add_rms_norm(attended, hidden_states, self.second)
         del attended
-        gated = fused.silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed))
+        fork = self._fork(normed)
+        gate = mlp.gate_proj(normed)
+        (up,) = fork(partial(mlp.up_proj, normed))
+        gated = fused.silu_mul(gate, up)
         # `total` is this layer's own, so the product is added where it lies.
         total.flatten(0, 1).addmm_(gated.flatten(0, 1), mlp.down_proj.weight.t())
         return total if mlp.down_proj.bias is None else total.add_(mlp.down_proj.bias)
@@ -203,9 +209,13 @@ class _Layer:
             )
             return out
         batch, columns, _ = hidden_states.shape
+        fork = self._fork(hidden_states)
         q = module.q_proj(hidden_states).flatten(0, 1)
+        # Ends a probe at its last layer, so nothing may have been put on another stream yet.
         self.controller.pool(self.index, q, self.q_norm)
-        k, v = (project(hidden_states).flatten(0, 1) for project in (module.k_proj, module.v_proj))
+        k, v = (
+            x.flatten(0, 1) for x in fork(partial(module.k_proj, hidden_states), partial(module.v_proj, hidden_states))
+        )
         cos, sin = (_per_token(x, batch, columns) for x in position_embeddings)
         if self.controller.decodes:
             attended = self._decode(q, k, v, cos, sin)
@@ -215,6 +225,15 @@ class _Layer:
             attended = self.controller.attend(self.index, q, k, v, module.scaling)
         projected: Tensor = module.o_proj(attended.reshape(batch, columns, -1))
         return projected, None
+
+    def _queries(self, tokens: Tensor) -> Tensor:
+        """Queries of some of the layer's input, `[..., H]` → `[..., Hq * D]`, before the head norm."""
+        queries: Tensor = self.attention.q_proj(fused.rms_norm(tokens, self.first))
+        return queries
+
+    def _fork(self, x: Tensor) -> _Fork:
+        """Where products of `x` may run beside each other: in a probe, whose few tokens leave most of a GPU idle."""
+        return _Fork(x.device if FORK and x.is_cuda and self.controller.probing else None)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One token a row, `q [B, Hq * D]`, `k, v [B, Hk * D]` → `[B, Hq, D]`."""
@@ -233,6 +252,32 @@ class _Layer:
         total = fused.vector(attended, out.weight, bias=out.bias, add=x)
         gated = fused.norm_gated(total, self.second, *self.gate_up())
         return fused.vector(gated, down.weight, bias=down.bias, add=total)
+
+
+class _Fork:
+    """From this point of the current stream on, work that waits for nothing behind it; without a device, in line."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device, self._point = device, None if device is None else torch.cuda.current_stream(device).record_event()
+
+    def __call__(self, *runs: Callable[[], Tensor]) -> list[Tensor]:
+        """Results of `runs`, each on a stream of its own; the current stream goes on when they are done."""
+        if self._device is None or self._point is None:
+            return [run() for run in runs]
+        found, current, streams = [], torch.cuda.current_stream(self._device), _streams(self._device)[: len(runs)]
+        for stream, run in zip(streams, runs, strict=True):
+            stream.wait_event(self._point)
+            with torch.cuda.stream(stream):
+                found.append(run())
+        for stream in streams:
+            # Also what makes the memory of `found` safe: it is used again only behind a later fork.
+            current.wait_stream(stream)
+        return found
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _vector(x: Tensor, weights: list[Tensor], i: int, config: VectorConfig) -> Tensor:
