@@ -35,7 +35,8 @@ from flux_attention import generation
 from flux_attention.cache import FluxCache, PagePool
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import Packing, dense_attention
-from flux_attention.models.attach import FluxAttention, attach, detach
+from flux_attention.models.attach import attach, detach
+from flux_attention.models.controller import FluxAttention
 from flux_attention.modes import Mode
 from flux_attention.route import Fixed, Interleaved, PolicyContext, Route
 

@@ -16,7 +16,8 @@ from flux_attention import generation
 from flux_attention.cache import PagePool
 from flux_attention.config import FluxConfig
 from flux_attention.models import fuse
-from flux_attention.models.attach import FluxAttention, detach
+from flux_attention.models.attach import detach
+from flux_attention.models.controller import FluxAttention
 from flux_attention.models.probe import ProbeGraphs
 from flux_attention.route import Route
 from flux_attention.router import LayerRouter

@@ -34,7 +34,9 @@ from transformers import PreTrainedModel, Qwen3Config
 
 from flux_attention.config import FluxConfig
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
-from flux_attention.models.attach import FluxAttention, SoftRouting, attach, detach
+from flux_attention.models.attach import attach, detach
+from flux_attention.models.controller import FluxAttention
+from flux_attention.models.step import SoftRouting
 from flux_attention.modes import Mode
 from flux_attention.training.chunked_loss import chunked_cross_entropy
 from flux_attention.training.compiled import compiled_layers

@@ -44,8 +44,9 @@ from torch import Tensor
 from flux_attention.config import FluxConfig
 from flux_attention.data import RETRIEVAL, TASK_CLASSES, TASKS, Sample, make_sample, training_tasks
 from flux_attention.evaluation.sample_set import SampleSet
-from flux_attention.models.attach import FluxAttention, attach, detach
+from flux_attention.models.attach import attach, detach
 from flux_attention.models.backbones import load_backbone
+from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Interleaved, PolicyContext, Static
 from flux_attention.training.damage import DamageMeter, budget_targets, counts_as_whole, rank_positions
 from flux_attention.training.data import RouterDataset

@@ -25,7 +25,9 @@ from transformers.generation import (
 
 from flux_attention.cache import FluxCache, MemoryReport, PagePool
 from flux_attention.kernels import paged_decode
-from flux_attention.models.attach import FluxAttention, Layout, attached
+from flux_attention.models.attach import attached
+from flux_attention.models.controller import FluxAttention
+from flux_attention.models.layout import Layout
 from flux_attention.route import Fixed, PolicyContext, Route
 
 TokenCallback = Callable[[int, int], None]

@@ -11,7 +11,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfi
 
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.reference import streaming_attention as _oracle  # noqa: F401  (the oracle must exist)
-from flux_attention.models.attach import SoftRouting, attach, attached, detach
+from flux_attention.models.attach import attach, attached, detach
+from flux_attention.models.step import SoftRouting
 from flux_attention.route import AllSparse, Dense, Dial, Fixed, Random, Route
 from tests.models.tiny import (
     CONFIG,

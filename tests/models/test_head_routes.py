@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flux_attention.models.attach import SoftRouting, attach, detach
+from flux_attention.models.attach import attach, detach
+from flux_attention.models.step import SoftRouting
 from flux_attention.route import Fixed, HeadRoute, PolicyContext, Route, StaticHeads, parse_columns
 
 from .tiny import CONFIG, left_pad, make_model, make_prompts, mixed_route, positions_of

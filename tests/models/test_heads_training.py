@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flux_attention.data import Sample
-from flux_attention.models.attach import SoftRouting, attach, detach
+from flux_attention.models.attach import attach, detach
+from flux_attention.models.step import SoftRouting
 from flux_attention.training.heads import (
     HeadTraining,
     _Distiller,

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from flux_attention.data.sample import TASK_CLASSES
-from flux_attention.models.attach import SoftRouting, attach, detach
+from flux_attention.models.attach import attach, detach
 from flux_attention.models.overrides import forward_overrides
+from flux_attention.models.step import SoftRouting
 from flux_attention.training.chunked_loss import chunked_cross_entropy, chunked_kl
 from flux_attention.training.compiled import compiled_layers
 from flux_attention.training.objective import AnswerObjective

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from flux_attention.data.sample import Sample
-from flux_attention.models.attach import SoftRouting, attach, attached, detach
+from flux_attention.models.attach import attach, attached, detach
+from flux_attention.models.step import SoftRouting
 from flux_attention.route import AllSparse, Dense
 from flux_attention.training.damage import (
     DamageMeter,

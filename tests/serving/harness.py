@@ -15,8 +15,9 @@ from torch import Tensor
 
 from flux_attention.config import FluxConfig
 from flux_attention.models.adapter import save_adapter
-from flux_attention.models.attach import FluxAttention, attach
+from flux_attention.models.attach import attach
 from flux_attention.models.backbones import converted_folder, load_backbone
+from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Fixed, Route
 from flux_attention.serving.launch import engine_arguments
 

@@ -17,8 +17,10 @@ from flux_attention.config import FluxConfig
 from flux_attention.data.prompt import chat_text, encode_text
 from flux_attention.models.adapter import Adapter, AdapterError, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.adapter import shipped_adapters as shipped
-from flux_attention.models.attach import FluxAttention, attach, routable_layers
+from flux_attention.models.attach import attach
 from flux_attention.models.backbones import load_backbone
+from flux_attention.models.controller import FluxAttention
+from flux_attention.models.families import routable_layers
 from flux_attention.report import RouteRow
 from flux_attention.route import Dial, Policy, Route, parse_policy
 

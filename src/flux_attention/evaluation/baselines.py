@@ -21,7 +21,7 @@ from flux_attention.evaluation.outcomes import read_settings
 from flux_attention.evaluation.results import write_json
 from flux_attention.evaluation.runner import Progress
 from flux_attention.evaluation.sample_set import checksum, digest
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 from flux_attention.training.damage import DamageMeter, greedy_ranking, leave_one_out, static_ranking
 from flux_attention.training.heads import HeadTraining, head_router, pooled_heads, train_head_router, train_static_heads
 from flux_attention.training.trainer import compact_state

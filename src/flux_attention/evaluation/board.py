@@ -37,7 +37,8 @@ from flux_attention.evaluation.entrants import (
 from flux_attention.evaluation.outcomes import OutcomeFile, Pair, batches, measure_batch
 from flux_attention.evaluation.runner import Progress, Record, RunOptions, check_samples, kv_share_of, tqdm_progress
 from flux_attention.models.adapter import Adapter
-from flux_attention.models.attach import FluxAttention, attach, detach
+from flux_attention.models.attach import attach, detach
+from flux_attention.models.controller import FluxAttention
 from flux_attention.route import AllSparse, Dense, Dial, Interleaved, Random, Static, StaticHeads
 
 LEAST_DENSE = 0.10

@@ -20,7 +20,7 @@ from flux_attention.data import Sample
 from flux_attention.evaluation.results import write_json
 from flux_attention.evaluation.runner import RunOptions, score_batch
 from flux_attention.evaluation.sample_set import digest
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Fixed, parse_columns
 
 VERSION = 2

@@ -18,7 +18,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.data import Sample, make_samples
 from flux_attention.evaluation.metrics import score, span_accuracy
 from flux_attention.generation import generate
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Dial, Policy, Route
 
 Scoring = Literal["auto", "forced", "generated"]

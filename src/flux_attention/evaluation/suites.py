@@ -14,7 +14,7 @@ from flux_attention.evaluation.metrics import Estimate, bootstrap_mean, paired_r
 from flux_attention.evaluation.results import Figure
 from flux_attention.evaluation.runner import Progress, Record, RunOptions, check_samples, run_samples
 from flux_attention.evaluation.sample_set import SampleSet, make_sample_set, prepared_samples
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Dense, Dial, Policy
 
 KV_LENGTH = 6000

@@ -6,7 +6,9 @@ transformers' attention interface with `[B, heads, T, D]` tensors and updates a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -69,3 +71,23 @@ def family_of(model_type: str) -> Family:
             f'Family("{model_type}", …) to FAMILIES in flux_attention/models/families.py'
         )
     return FAMILIES[model_type]
+
+
+def layer_types(config: Any) -> Sequence[str] | None:
+    return getattr(config, "layer_types", None)
+
+
+def routable_layers(config: Any) -> tuple[int, ...]:
+    """Indices of the layers with full attention, which are the ones that can be routed."""
+    types = layer_types(config)
+    if types is None:
+        if getattr(config, "sliding_window", None):
+            raise ValueError(
+                f"every layer of this {config.model_type} model slides over {config.sliding_window} tokens: there "
+                "is no full attention to route"
+            )
+        return tuple(range(config.num_hidden_layers))
+    layers = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    if not layers:
+        raise ValueError(f"this {config.model_type} model has no full-attention layer to route")
+    return layers

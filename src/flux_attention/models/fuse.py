@@ -21,7 +21,7 @@ from flux_attention.kernels import fused
 from flux_attention.kernels.fused import Norm, VectorConfig
 
 if TYPE_CHECKING:
-    from flux_attention.models.attach import FluxAttention
+    from flux_attention.models.controller import FluxAttention
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")

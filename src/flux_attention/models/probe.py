@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from flux_attention.models.attach import FluxAttention, Step
+    from flux_attention.models.controller import FluxAttention
+    from flux_attention.models.step import Step
 
 #: Graphs kept, and prompts that one may hold: each graph keeps the memory of its pass.
 _KEPT, _MOST = 4, 8

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flux_attention.config import FluxConfig
 from flux_attention.models.adapter import describe_backbone, save_adapter
-from flux_attention.models.attach import routable_layers
+from flux_attention.models.families import routable_layers
 from flux_attention.models.shards import ShardedCheckpoint
 
 #: Architecture of a published checkpoint -> model type of its backbone.

@@ -12,7 +12,7 @@ from typing import Any
 
 from flux_attention.config import ROUTER_INPUTS, FluxConfig, RouterInput
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
-from flux_attention.models.attach import routable_layers
+from flux_attention.models.families import routable_layers
 from flux_attention.route import Dial, Policy, PolicyContext, Static, parse_policy
 
 CONFIG_KEY = "flux"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 from flux_attention.models.overrides import Forward, forward_overrides
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")

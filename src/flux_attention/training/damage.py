@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux_attention.data.sample import Sample
-from flux_attention.models.attach import FluxAttention, SoftRouting
+from flux_attention.models.controller import FluxAttention
+from flux_attention.models.step import SoftRouting
 from flux_attention.route import Fixed, Route
 from flux_attention.training.data import Collator
 from flux_attention.training.objective import AnswerTokens, answer_logits, teacher_logits, token_kl

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES, Sample
-from flux_attention.models.attach import FluxAttention, SoftRouting
+from flux_attention.models.controller import FluxAttention
+from flux_attention.models.step import SoftRouting
 from flux_attention.router import LayerRouter, gumbel_noise, straight_through_gate
 from flux_attention.training.data import Collator
 from flux_attention.training.objective import AnswerTokens, Multipliers, answer_logits, teacher_logits, token_kl

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 
 
 class CostMeter:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_attention.data.sample import TASK_CLASSES
-from flux_attention.models.attach import FluxAttention, SoftRouting
+from flux_attention.models.controller import FluxAttention
+from flux_attention.models.step import SoftRouting
 from flux_attention.route import Dense
 from flux_attention.router import LayerRouter
 

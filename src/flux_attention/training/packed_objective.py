@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux_attention.models.attach import FluxAttention, Layout, SoftRouting, host_decisions
+from flux_attention.models.controller import FluxAttention
+from flux_attention.models.layout import Layout
+from flux_attention.models.step import SoftRouting, host_decisions
 from flux_attention.router import gumbel_noise, straight_through_gate
 from flux_attention.training.chunked_loss import chunked_cross_entropy, chunked_kl
 from flux_attention.training.objective import AnswerObjective, TaskLoss

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_attention.models.attach import FluxAttention, Step
+from flux_attention.models.controller import FluxAttention
 from flux_attention.models.overrides import Forward, forward_overrides
+from flux_attention.models.step import Step
 
 Run = Callable[..., Tensor]
 """`(hidden, gate, last_product=True)` → the layer's output."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import TrainerCallback
 
 from flux_attention.data.sample import Sample
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 from flux_attention.training.compiled import compiled_layers
 from flux_attention.training.objective import AnswerObjective, DamageObjective
 from flux_attention.training.packed_objective import PackedObjective

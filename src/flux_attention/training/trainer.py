@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
 from flux_attention.models.adapter import save_adapter
-from flux_attention.models.attach import FluxAttention
+from flux_attention.models.controller import FluxAttention
 from flux_attention.training.checkpoints import check_settings, newest_checkpoint, write_settings
 from flux_attention.training.data import Collator
 from flux_attention.training.objective import AnswerObjective, DamageObjective, Multipliers

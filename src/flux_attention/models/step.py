@@ -1,0 +1,98 @@
+"""State of one forward pass, and the gates of training passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flux_attention.cache import FluxCache
+from flux_attention.models.layout import Layout
+from flux_attention.route import Route
+from flux_attention.router import PoolPlan
+
+
+@dataclass
+class Step:
+    """State of one forward pass of the decoder."""
+
+    layout: Layout
+    cache: FluxCache | None
+    route: Route | None = None
+    """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
+    gates: Tensor | None = None
+    """Training: differentiable z `[L, S]` or `[L, Hk, S]`, 1 = full; both sides run and are blended."""
+    use_full: tuple[tuple[bool, ...], ...] | None = None
+    """Values of gates `[L, S]` on the host where they are exactly 0 or 1; None for fractions and for heads."""
+    soft: SoftRouting | None = None
+    inline: bool = False
+    keep_short_full: tuple[bool, ...] = ()
+    prompt_ends: tuple[int, ...] = ()
+    pool_plan: PoolPlan | None = None
+    pooled: list[Tensor | None] = field(default_factory=list)
+    collect: bool = False
+    collect_heads: int = 0
+    """A probe that keeps the KV heads apart: their number."""
+    impl: str | None = None
+    """Kernels of this pass, where they are not the controller's."""
+    held: list[Tensor] = field(default_factory=list)
+    """What the side stream reads: kept until it has."""
+    decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
+    index: Tensor | None = None
+    counts: Tensor | None = None
+    """Decoding: keys of each layer and row, the new token's included, int32 `[L, B]`."""
+    packings: dict[Any, Any] = field(default_factory=dict)
+
+
+class Exchange(Protocol):
+    """Several ranks hold a share of the tokens each; attention wants all tokens of a share of the heads."""
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """`[B, H, T/P, D]` → `[B, H/P, T, D]`, differentiable."""
+        ...
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """`[B, T, H/P, D]` → `[B, T/P, H, D]`, differentiable."""
+        ...
+
+    def pooled(self, hidden: Tensor, plan: PoolPlan, queries: Callable[[Tensor], Tensor]) -> Tensor:
+        """Pooled queries `[S, D]` of the whole sequences, the same bits on every rank; no gradient."""
+        ...
+
+
+@dataclass
+class SoftRouting:
+    """Gates of training passes: give it to `FluxAttention.soft_routing`, read `gates` after a forward pass.
+
+    Attributes:
+        temperature: τ of the Gumbel-softmax.
+        noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
+        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage), or `[L, Hk, S]` for
+            gates of KV heads; may require grad.
+        forced_full: the values of forced gates `[L, S]` on the host, where all of them are exactly 0 or 1: only the
+            chosen side gets a backward pass then.
+        layout: where the sequences of the pass are, for callers that pack or split them; None = read from the inputs.
+        exchange: of the ranks that share the tokens of a pass; None = every token is here.
+        logits: the router's logits of the last pass, `[L, S, 2]`.
+        gates: z of the last pass, `[L, S]`, differentiable.
+    """
+
+    temperature: float = 1.0
+    noise: bool = True
+    generator: torch.Generator | None = None
+    forced: Tensor | None = None
+    forced_full: tuple[tuple[bool, ...], ...] | None = None
+    layout: Layout | None = None
+    exchange: Exchange | None = None
+    logits: Tensor | None = None
+    gates: Tensor | None = None
+    pooled: Tensor | None = None
+    _noise: Tensor | None = None
+
+
+def host_decisions(gates: Tensor) -> tuple[tuple[bool, ...], ...]:
+    """Straight-through gates `[L, S]` as booleans on the host; waits for the device once."""
+    return tuple(tuple(value > 0.5 for value in row) for row in gates.detach().tolist())
