@@ -53,7 +53,8 @@ def test_toy_run(tmp_path, program, sections, expected):
     found = figures(tmp_path)
     # A failed check would have put "unchecked_" before every name.
     assert set(expected) <= set(found)
-    assert all(value > 0 for name, value in found.items() if name != "routing_inline_ms")
+    # Inline routing is a difference of two times, by events and by the clock: noise can turn its sign.
+    assert all(value > 0 for name, value in found.items() if not name.startswith("routing_inline_"))
 
 
 def test_plots_show_what_the_files_hold(tmp_path):
