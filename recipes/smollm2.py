@@ -23,7 +23,6 @@ import argparse
 import datetime
 import json
 import math
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -42,8 +41,8 @@ import torch
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
-from flux_attention.data import RETRIEVAL, TASK_CLASSES, TASKS, Sample, make_sample, training_tasks
-from flux_attention.evaluation.sample_set import SampleSet
+from flux_attention.data import RETRIEVAL, TASK_CLASSES, TASKS, Sample, training_tasks
+from flux_attention.evaluation.sample_set import SampleSet, make_jobs
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.models.controller import FluxAttention
@@ -190,27 +189,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 # ---------------------------------------------------------------------------------------------------- samples
 
-_TOKENIZER: Any = None
-
-
-def _make(job: tuple[str, int, int, int, str]) -> Sample:
-    task, index, length, seed, split = job
-    return make_sample(task, index, length, seed, split, _TOKENIZER)
-
 
 def make_all(jobs: dict[str, list[tuple[str, int, int, int, str]]], tokenizer: Any, workers: int) -> dict[str, list]:
     """Samples of every list of jobs `(task, index, length, seed, split)`, made by a pool of processes.
 
     Called before CUDA starts: the processes are forked, and a forked CUDA context is unusable.
     """
-    global _TOKENIZER
-    _TOKENIZER = tokenizer
-    flat = [job for some in jobs.values() for job in some]
-    if workers > 1:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            made = pool.map(_make, flat, chunksize=max(1, min(16, len(flat) // workers)))
-    else:
-        made = [_make(job) for job in flat]
+    made = make_jobs([job for some in jobs.values() for job in some], tokenizer, workers=workers)
     result, start = {}, 0
     for name, some in jobs.items():
         result[name] = made[start : start + len(some)]

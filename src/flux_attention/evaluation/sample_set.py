@@ -118,6 +118,25 @@ def _make(job: tuple[str, int, int, int, str]) -> Sample:
     return make_sample(task, index, length, seed, split, _TOKENIZER)
 
 
+def make_jobs(
+    jobs: Sequence[tuple[str, int, int, int, str]],
+    tokenizer: Any,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> list[Sample]:
+    """Samples of jobs `(task, index, length, seed, split)`, by `workers` forked processes (before CUDA starts)."""
+    global _TOKENIZER
+    _TOKENIZER = tokenizer
+    show = progress or (lambda batches, total, label: batches)
+    if workers <= 1:
+        return [_make(job) for job in show(jobs, len(jobs), "samples")]
+    # Threads of the tokenizer do not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        return list(show(pool.imap(_make, jobs, chunksize=4), len(jobs), "samples"))
+
+
 def make_sample_set(
     cells: Sequence[tuple[str, int]],
     n: int,
@@ -132,17 +151,8 @@ def make_sample_set(
 
     Raises ValueError for unknown tasks and lengths that are too short.
     """
-    global _TOKENIZER
-    _TOKENIZER = tokenizer
     jobs = [(task, index, length, seed, split) for task, length in cells for index in range(n)]
-    show = progress or (lambda batches, total, label: batches)
-    if workers > 1:
-        # Threads of the tokenizer do not survive a fork.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            made = list(show(pool.imap(_make, jobs, chunksize=4), len(jobs), "samples"))
-    else:
-        made = [_make(job) for job in show(jobs, len(jobs), "samples")]
+    made = make_jobs(jobs, tokenizer, workers=workers, progress=progress)
     found: dict[tuple[str, int], tuple[Sample, ...]] = {}
     for i, cell in enumerate(cells):
         found[cell] = tuple(made[i * n : (i + 1) * n])
