@@ -19,6 +19,7 @@ from flux_attention.data import Sample, make_samples
 from flux_attention.evaluation.metrics import score, span_accuracy
 from flux_attention.generation import generate
 from flux_attention.models.controller import FluxAttention
+from flux_attention.modes import REGISTRY
 from flux_attention.route import Dial, Policy, Route
 
 Scoring = Literal["auto", "forced", "generated"]
@@ -108,7 +109,7 @@ def kv_share_of(config: FluxConfig, omega: float, tokens: int) -> float:
     page, sinks = config.block_tokens, config.sink_tokens
     whole = -(-tokens // page)
     kept_from = max(sinks, tokens // page * page - config.window_tokens)
-    sparse = whole - (kept_from - sinks) // page if config.sparse_mode == "streaming" else whole
+    sparse = whole - (kept_from - sinks) // page if REGISTRY[config.sparse_mode].drops_keys else whole
     return ((1 - omega) * whole + omega * sparse) / whole
 
 
