@@ -42,7 +42,7 @@ from torch import Tensor
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import RETRIEVAL, TASK_CLASSES, TASKS, Sample, training_tasks
-from flux_attention.evaluation.sample_set import SampleSet, make_jobs
+from flux_attention.data.sample_set import SampleSet, make_jobs
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.models.controller import FluxAttention

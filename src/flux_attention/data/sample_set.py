@@ -1,6 +1,6 @@
-"""The samples of a board: made in parallel before a GPU is touched, kept in one small file, the same for everyone.
+"""Sets of samples: made in parallel before a GPU is touched, kept in one small file, the same for everyone.
 
-A file holds token ids, so a board can be prepared on one machine and run on another whose Python ships other texts.
+A file holds token ids, so a run can be prepared on one machine and run on another whose Python ships other texts.
 Format: xz of one line of JSON (settings and everything but the ids), then the ids of all samples, little endian.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from flux_attention.data import Sample, make_sample
 from flux_attention.data.corpus import fingerprint
-from flux_attention.evaluation.runner import Progress
+from flux_attention.data.progress import Progress
 
 VERSION = 1
 # Haystacks are windows of the same texts: one dictionary over all samples finds them again.
