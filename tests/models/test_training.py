@@ -18,10 +18,11 @@ from flux_attention.training.damage import (
     path_attribution,
 )
 from flux_attention.training.data import Collator, RouterDataset
+from flux_attention.training.features import FeatureDataset
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import AnswerObjective, AnswerTokens, answer_logits, teacher_logits
 from flux_attention.training.route_search import search_routes
-from flux_attention.training.trainer import FeatureDataset, RouterTrainer, TrainConfig
+from flux_attention.training.trainer import RouterTrainer, TrainConfig
 
 from .tiny import CONFIG, VOCABULARY, make_model
 

@@ -10,6 +10,7 @@ from flux_attention.training.damage import (
     rank_positions,
     static_ranking,
 )
+from flux_attention.training.features import FeatureDataset, collate_features
 from flux_attention.training.objective import (
     AnswerTokens,
     DamageObjective,
@@ -17,7 +18,7 @@ from flux_attention.training.objective import (
     initialise_bias,
     token_kl,
 )
-from flux_attention.training.trainer import FeatureDataset, TrainConfig, collate_features, compact_state
+from flux_attention.training.trainer import TrainConfig, compact_state
 
 TARGETS = {"retrieval": 0.5, "holistic": 1.0}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flux_attention.data import sample_set
-from flux_attention.data.sample_set import SampleSet, make_sample_set, prepared_samples
+from flux_attention.data.sample_set import Job, SampleSet, make_sample_set, prepared_jobs, prepared_samples, spread_jobs
 
 from .tiny_backbone import make_tokenizer
 
@@ -49,3 +49,25 @@ def test_samples_of_another_version(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="of version 0, this is 1"):
         SampleSet.load(tmp_path / "samples.xz")
+
+
+def test_jobs_go_round_tasks_and_lengths():
+    jobs = spread_jobs(["a", "b"], 5, [100, 200], seed=3, first=10)
+    assert jobs[:3] == [Job("a", 10, 100, 3, "train"), Job("b", 11, 100, 3, "train"), Job("a", 12, 200, 3, "train")]
+    assert [job.length for job in jobs] == [100, 100, 200, 200, 100]
+
+
+def test_samples_of_named_jobs_come_back(tmp_path, monkeypatch):
+    path, tokenizer = tmp_path / "run.xz", make_tokenizer()
+    jobs = {
+        "fit": spread_jobs(["niah_single_2", "fewshot_topic"], 3, [900], seed=0),
+        "gates": [],
+        "eval": spread_jobs(["niah_single_2"], 1, [900], seed=1, split="test"),
+    }
+    made = prepared_jobs(path, jobs, tokenizer)
+    assert [sample.task for sample in made["fit"]] == ["niah_single_2", "fewshot_topic", "niah_single_2"]
+    assert made["gates"] == [] and len(made["eval"]) == 1
+    monkeypatch.setattr(sample_set, "make_jobs", None)
+    assert prepared_jobs(path, jobs, tokenizer) == made
+    with pytest.raises(ValueError, match=r"run\.xz holds samples of other settings"):
+        prepared_jobs(path, {**jobs, "eval": []}, tokenizer)

@@ -376,8 +376,13 @@ class Collator:
             "attention_mask": attention_mask,
             "labels": labels,
             "prompt_lens": torch.tensor([len(sample.prompt_ids) for sample in samples]),
-            "class_index": torch.tensor([TASK_CLASSES.index(sample.task_class) for sample in samples]),
+            "class_index": class_index(samples),
         }
+
+
+def class_index(samples: Sequence[Sample]) -> torch.Tensor:
+    """Number of each sample's class, its place in `TASK_CLASSES`, int64 `[n]`."""
+    return torch.tensor([TASK_CLASSES.index(sample.task_class) for sample in samples])
 
 
 #: What a trainer takes as its collator.

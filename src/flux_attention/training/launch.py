@@ -21,6 +21,7 @@ from flux_attention.data import HOLISTIC, RETRIEVAL
 from flux_attention.models.adapter import load_adapter
 from flux_attention.models.attach import attach
 from flux_attention.models.backbones import load_backbone
+from flux_attention.training.features import pooled_queries
 from flux_attention.training.scale import PackTrainer, ScaleConfig
 from flux_attention.training.store import StoredSamples
 
@@ -179,15 +180,10 @@ def rank_device(name: str = "auto") -> torch.device:
 @torch.no_grad()
 def calibrate(controller: Any, samples: StoredSamples, count: int) -> None:
     """Set the scale of the router's input from the first documents' pooled queries, the same on every rank."""
-    prompts = [torch.tensor(samples[i].prompt_ids) for i in range(min(count, len(samples)))]
+    prompts = [samples[i].prompt_ids for i in range(min(count, len(samples)))]
     if len(prompts) < 2:
         raise ValueError(f"calibration needs at least 2 documents, the data set has {len(prompts)}")
-    pooled = [controller.probe(_some) for _some in _batches(prompts, 16)]
-    controller.router.fit_input_scale(torch.cat(pooled, 1))
-
-
-def _batches(prompts: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    controller.router.fit_input_scale(pooled_queries(controller, prompts, 16))
 
 
 def _load(plan: PackRun, device: torch.device) -> Any:
