@@ -46,12 +46,7 @@ def test_recipes_run(tmp_path, name):
 
 def test_the_smollm2_recipe_runs(tmp_path):
     backbone, _ = save_all(tmp_path)
-    places = {
-        "backbone": backbone,
-        "out": tmp_path / "adapter",
-        "results": tmp_path / "results",
-        "card": tmp_path / "card",
-    }
+    places = {name: tmp_path / name for name in ("out", "results", "card")} | {"backbone": backbone}
     sizes = {"fit-prompts": 24, "fit-steps": 4, "fit-batch": 8, "search-samples": 2, "search-lengths": 1500}
     sizes |= {"measurements": 8, "search-batch": 8, "gate-steps": 1, "gate-batch": 2, "gate-lengths": 1500}
     sizes |= {"eval-samples": 1, "eval-length": 1500, "workers": 1, "static-shares": 0.5}
