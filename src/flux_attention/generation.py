@@ -55,10 +55,6 @@ class Generation:
     decode_seconds: float
     cache: FluxCache = field(repr=False)
 
-    @property
-    def decode_steps(self) -> int:
-        return max((len(row) for row in self.tokens), default=0)
-
 
 def _chunks(lengths: Sequence[int], budget: int, block: int) -> Iterator[list[tuple[int, int, int]]]:
     """Pack prompts into passes of at most `budget` tokens: lists of (row, first token, tokens).
