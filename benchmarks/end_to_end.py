@@ -37,7 +37,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import Packing, dense_attention
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.controller import FluxAttention
-from flux_attention.modes import Mode
+from flux_attention.modes import Mode, PrefillInputs
 from flux_attention.route import Fixed, Interleaved, PolicyContext, Route
 
 #: Memory a server of one 80 GB device has, and what it keeps free of weights and keys.
@@ -256,7 +256,7 @@ def attention_ms(setup: Setup, n: int, mode: str, repetitions: int) -> float:
         def run(q: Tensor = q, k: Tensor = k, v: Tensor = v, packing: Packing = packing, end: int = end) -> Tensor:
             if mode == "full":
                 return dense_attention(q, k, v, packing, scale=scale)
-            return setup.controller.sparse_mode.prefill(q, k, v, packing, (end,), scale=scale)
+            return setup.controller.sparse_mode.prefill(PrefillInputs(q, k, v, packing, (end,), scale))
 
         total += median_ms(run, setup.device, repetitions)
     return total
@@ -264,7 +264,7 @@ def attention_ms(setup: Setup, n: int, mode: str, repetitions: int) -> float:
 
 def prefill(setup: Setup, record: Recorder) -> None:
     controller = setup.controller
-    nothing, forced = NoAttention.from_config(controller.config), ForcedDensity.from_config(controller.config)
+    nothing, forced = NoAttention(controller.config), ForcedDensity(controller.config)
     dense, q75, sparse = setup.route(0.0), setup.route(0.75), setup.route(1.0)
     kinds: dict[str, tuple[Route, Mode | None, Mode | None]] = {
         "linear": (sparse, None, nothing),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from flux_attention.config import FluxConfig
-from flux_attention.kernels.api import Packing, block_sparse_attention, select_blocks
-from flux_attention.modes import Mode
+from flux_attention.kernels.api import block_sparse_attention, select_blocks
+from flux_attention.modes import Mode, PrefillInputs
 
 #: Share of key blocks that `ForcedDensity` attends to.
 DENSITY = 0.25
@@ -64,28 +61,13 @@ def toy() -> Qwen3Config:
     )
 
 
-@dataclass(frozen=True)
 class NoAttention(Mode):
     """Returns its queries: what is left of a prefill is the linear work."""
 
     name = "none"
 
-    @classmethod
-    def from_config(cls, config: FluxConfig) -> Self:
-        return cls()
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packing: Packing,
-        prompt_ends: tuple[int, ...],
-        *,
-        scale: float,
-        impl: str = "auto",
-    ) -> Tensor:
-        return q
+    def prefill(self, inputs: PrefillInputs) -> Tensor:
+        return inputs.q
 
 
 @functools.lru_cache(maxsize=64)
@@ -96,29 +78,13 @@ def random_blocks(heads: int, n_q: int, n_k: int, device: torch.device) -> Tenso
     return ((torch.rand(heads, n_q, n_k, device=device) < DENSITY) | (j == own) | (j == 0)) & (j <= own)
 
 
-@dataclass(frozen=True)
 class ForcedDensity(Mode):
     """XAttention that pays for its selection and then attends to random blocks: random weights have no structure."""
 
     name = "forced_density"
-    config: FluxConfig
 
-    @classmethod
-    def from_config(cls, config: FluxConfig) -> Self:
-        return cls(config)
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packing: Packing,
-        prompt_ends: tuple[int, ...],
-        *,
-        scale: float,
-        impl: str = "auto",
-    ) -> Tensor:
-        block = self.config.block_tokens
+    def prefill(self, inputs: PrefillInputs) -> Tensor:
+        q, k, packing, block = inputs.q, inputs.k, inputs.packing, self.config.block_tokens
         select_blocks(
             q,
             k,
@@ -126,10 +92,12 @@ class ForcedDensity(Mode):
             block=block,
             stride=self.config.xattention_stride,
             threshold=self.config.xattention_threshold,
-            scale=scale,
+            scale=inputs.scale,
         )
         blocks = [
             random_blocks(q.shape[1], -(-n_q // block), -(-n_k // block), q.device)
             for n_q, n_k in zip(packing.q_lens, packing.k_lens, strict=True)
         ]
-        return block_sparse_attention(q, k, v, packing, blocks, block=block, scale=scale, impl=impl)
+        return block_sparse_attention(
+            q, k, inputs.v, packing, blocks, block=block, scale=inputs.scale, impl=inputs.impl
+        )

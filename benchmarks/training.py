@@ -37,7 +37,7 @@ from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.step import SoftRouting
-from flux_attention.modes import Mode
+from flux_attention.modes import Mode, PrefillInputs
 from flux_attention.training.chunked_loss import chunked_cross_entropy
 from flux_attention.training.compiled import compiled_layers
 from flux_attention.training.packed_objective import PackedObjective, pack_layout
@@ -78,14 +78,8 @@ class With(Mode):
     implementation: str
     name = "with"
 
-    @classmethod
-    def from_config(cls, config: FluxConfig) -> With:
-        raise NotImplementedError("made from a mode, not from a configuration")
-
-    def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, packing: Any, prompt_ends: Any, *, scale: float, impl: str = "auto"
-    ) -> Tensor:
-        return self.mode.prefill(q, k, v, packing, prompt_ends, scale=scale, impl=self.implementation)
+    def prefill(self, inputs: PrefillInputs) -> Tensor:
+        return self.mode.prefill(replace(inputs, impl=self.implementation))
 
 
 def attached(setup: Setup, model: PreTrainedModel, impl: str | None = None) -> FluxAttention:
@@ -95,7 +89,7 @@ def attached(setup: Setup, model: PreTrainedModel, impl: str | None = None) -> F
     controller = attach(model, setup.flux, fuse=fuse)
     controller.impl = impl or setup.impl
     if impl is None and setup.sparse_impl != setup.impl:
-        controller.sparse_mode = With(controller.sparse_mode, setup.sparse_impl)
+        controller.sparse_mode = With(controller.config, controller.sparse_mode, setup.sparse_impl)
     return controller
 
 

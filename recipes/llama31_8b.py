@@ -8,33 +8,19 @@
 Needs no teacher pass, so a step is a quarter cheaper than distillation; the answers must be right ones.
 """
 
-from flux_attention.config import FluxConfig
-from flux_attention.data import HOLISTIC, RETRIEVAL
-from flux_attention.training.launch import PackRun, main
-from flux_attention.training.scale import ScaleConfig
+from flux_attention.training.launch import main, short_run
 
-PLAN = PackRun(
+PLAN = short_run(
     model="meta-llama/Llama-3.1-8B-Instruct",
     data="data/llama31-8b",
     out="adapters/llama31-8b",
     runs="runs/llama31-8b",
-    flux=FluxConfig(sink_tokens=128, window_tokens=2048, full_bias=2.0),
-    scale=ScaleConfig(
-        objective="lm",
-        targets={RETRIEVAL: 0.7, HOLISTIC: 1.0},
-        pack_tokens=65536,
-        accumulation=4,
-        steps=60,
-        # A fraction of the published steps: the router starts less sure of full, it and the multipliers move faster.
-        # Found on SmolLM2 (40 steps on a CPU); not yet tried at this size.
-        router_lr=3e-3,
-        multiplier_lr=0.1,
-        multiplier_start=1.0,
-        short_first=True,
-        settle_steps=10,
-        save_steps=10,
-        logging_steps=1,
-    ),
+    objective="lm",
+    steps=60,
+    pack_tokens=65536,
+    accumulation=4,
+    short_first=True,
+    settle_steps=10,
 )
 
 if __name__ == "__main__":

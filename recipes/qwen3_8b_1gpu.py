@@ -8,33 +8,19 @@ The KL to the dense model needs no labels, and a router has few weights: what th
 on is cut to what the routes need. Training ends early when two windows of ten steps agree and both targets are met.
 """
 
-from flux_attention.config import FluxConfig
-from flux_attention.data import HOLISTIC, RETRIEVAL
-from flux_attention.training.launch import PackRun, main
-from flux_attention.training.scale import ScaleConfig
+from flux_attention.training.launch import main, short_run
 
-PLAN = PackRun(
+PLAN = short_run(
     model="Qwen/Qwen3-8B",
     data="data/qwen3-8b",
     out="adapters/qwen3-8b",
     runs="runs/qwen3-8b-1gpu",
-    flux=FluxConfig(sink_tokens=128, window_tokens=2048, full_bias=2.0),
-    scale=ScaleConfig(
-        objective="distill",
-        targets={RETRIEVAL: 0.7, HOLISTIC: 1.0},
-        pack_tokens=65536,
-        accumulation=4,
-        steps=50,
-        # A fraction of the published steps: the router starts less sure of full, it and the multipliers move faster.
-        # Found on SmolLM2 (40 steps on a CPU); not yet tried at this size.
-        router_lr=3e-3,
-        multiplier_lr=0.1,
-        multiplier_start=1.0,
-        short_first=True,
-        settle_steps=10,
-        save_steps=10,
-        logging_steps=1,
-    ),
+    objective="distill",
+    steps=50,
+    pack_tokens=65536,
+    accumulation=4,
+    short_first=True,
+    settle_steps=10,
 )
 
 if __name__ == "__main__":

@@ -9,34 +9,20 @@ Two GPUs hold half of a pack's tokens each and exchange heads in attention (Ulys
 no more memory than 64K on one. The frozen layers are sharded over all eight.
 """
 
-from flux_attention.config import FluxConfig
-from flux_attention.data import HOLISTIC, RETRIEVAL
-from flux_attention.training.launch import PackRun, main
-from flux_attention.training.scale import ScaleConfig
+from flux_attention.training.launch import main, short_run
 
-PLAN = PackRun(
+PLAN = short_run(
     model="Qwen/Qwen3-8B",
     data="data/qwen3-8b-128k",
     out="adapters/qwen3-8b-128k",
     runs="runs/qwen3-8b-8gpu",
-    flux=FluxConfig(sink_tokens=128, window_tokens=2048, full_bias=2.0),
-    scale=ScaleConfig(
-        objective="distill",
-        targets={RETRIEVAL: 0.7, HOLISTIC: 1.0},
-        pack_tokens=131072,
-        sequence_parallel=2,
-        shard_backbone=True,
-        accumulation=1,
-        steps=25,
-        # A fraction of the published steps: the router starts less sure of full, it and the multipliers move faster.
-        # Found on SmolLM2 (40 steps on a CPU); not yet tried at this size.
-        router_lr=3e-3,
-        multiplier_lr=0.1,
-        multiplier_start=1.0,
-        settle_steps=5,
-        save_steps=5,
-        logging_steps=1,
-    ),
+    objective="distill",
+    steps=25,
+    pack_tokens=131072,
+    accumulation=1,
+    sequence_parallel=2,
+    shard_backbone=True,
+    settle_steps=5,
 )
 
 if __name__ == "__main__":

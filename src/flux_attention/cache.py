@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from flux_attention.config import FluxConfig
+from flux_attention.modes import REGISTRY
 from flux_attention.route import Route
 
 
@@ -255,7 +256,7 @@ class FluxCache(Cache):
     def drops_keys(self, layer: int, row: int) -> bool:
         """Whether this layer of this row keeps sinks and window only."""
         assert self.route is not None
-        return self.flux_config.sparse_mode == "streaming" and not bool(self.route.use_full[layer, row])
+        return REGISTRY[self.flux_config.sparse_mode].drops_keys and not bool(self.route.use_full[layer, row])
 
     def clear(self) -> None:
         """Give every page back and forget the rows and their route."""

@@ -28,6 +28,7 @@ from flux_attention.kernels import paged_decode
 from flux_attention.models.attach import attached
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.layout import Layout
+from flux_attention.modes import REGISTRY
 from flux_attention.route import Fixed, PolicyContext, Route
 
 TokenCallback = Callable[[int, int], None]
@@ -53,10 +54,6 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     cache: FluxCache = field(repr=False)
-
-    @property
-    def decode_steps(self) -> int:
-        return max((len(row) for row in self.tokens), default=0)
 
 
 def _chunks(lengths: Sequence[int], budget: int, block: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -388,7 +385,7 @@ def _exact_pool(controller: FluxAttention, cache: FluxCache, route: Route, token
         whole = -(-n // page)
         streaming = min(whole, (sinks + config.window_tokens) // page + 1)
         for layer in range(route.num_layers):
-            drops = config.sparse_mode == "streaming" and not bool(route.use_full[layer, row])
+            drops = REGISTRY[config.sparse_mode].drops_keys and not bool(route.use_full[layer, row])
             pages += streaming if drops else whole
     like = next(controller.decoder.parameters())
     return PagePool(page, backbone.num_key_value_heads, backbone.head_dim, like.dtype, like.device, max_pages=pages)

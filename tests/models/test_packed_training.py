@@ -93,11 +93,11 @@ def test_recomputing_runs_the_chosen_side_alone_first():
         mode = getattr(controller, name)
 
         class Counting(type(mode)):
-            def prefill(self, q, *args, **kwargs):
-                calls.append((self.name, q.shape[0], torch.is_grad_enabled()))
-                return super().prefill(q, *args, **kwargs)
+            def prefill(self, inputs):
+                calls.append((self.name, inputs.q.shape[0], torch.is_grad_enabled()))
+                return super().prefill(inputs)
 
-        setattr(controller, name, Counting.from_config(controller.config))
+        setattr(controller, name, Counting(controller.config))
     samples = make_samples(3)
     with recomputed_layers(controller):
         loss = objective(**Pack.of(samples).as_dict())["loss"]

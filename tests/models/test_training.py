@@ -11,17 +11,13 @@ from flux_attention.data.sample import Sample
 from flux_attention.models.attach import attach, attached, detach
 from flux_attention.models.step import SoftRouting
 from flux_attention.route import AllSparse, Dense
-from flux_attention.training.damage import (
-    DamageMeter,
-    greedy_ranking,
-    leave_one_out,
-    path_attribution,
-)
+from flux_attention.training.damage import DamageMeter, greedy_ranking, leave_one_out
 from flux_attention.training.data import Collator, RouterDataset
+from flux_attention.training.features import FeatureDataset
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import AnswerObjective, AnswerTokens, answer_logits, teacher_logits
 from flux_attention.training.route_search import search_routes
-from flux_attention.training.trainer import FeatureDataset, RouterTrainer, TrainConfig
+from flux_attention.training.trainer import RouterTrainer, TrainConfig
 
 from .tiny import CONFIG, VOCABULARY, make_model
 
@@ -275,23 +271,22 @@ def test_only_answered_samples_calibrate():
         DamageMeter(controller, samples, teacher=False).answered()
 
 
-def test_path_attribution_adds_up_to_the_damage_of_all_sparse():
-    controller = attach_tiny()
-    samples = [s for s in make_samples(6, seed=2) if s.metric == "nll"]
-    meter = DamageMeter(controller, samples)
-    damage = path_attribution(meter, points=24)
-    whole = meter.routes(torch.zeros(1, meter.layers).bool()).damage[0]
-    torch.testing.assert_close(damage.sum(1), -torch.log1p(-whole), rtol=0.05, atol=1e-3)
-    with pytest.raises(ValueError, match="points must be at least 1"):
-        path_attribution(meter, points=0)
-
-
 def test_gates_of_one_sample_do_not_reach_another():
     controller = attach_tiny()
     samples = make_samples(3)
-    together = path_attribution(DamageMeter(controller, samples), points=2)
-    alone = torch.cat([path_attribution(DamageMeter(controller, [s]), points=2) for s in samples])
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5)
+
+    def slopes(some):
+        meter = DamageMeter(controller, some, teacher=False)
+        batch, answer = meter.collate(range(len(some)))
+        gates = torch.full((meter.layers, len(some)), 0.5, requires_grad=True)
+        with controller.soft_routing(SoftRouting(forced=gates)):
+            logits = answer_logits(controller, batch["input_ids"], batch["attention_mask"], answer)
+        loss = torch.nn.functional.cross_entropy(logits, answer.targets, reduction="sum")
+        return torch.autograd.grad(loss, gates)[0]
+
+    together = slopes(samples)
+    assert together.abs().amin() > 1e-5
+    torch.testing.assert_close(together, torch.cat([slopes([sample]) for sample in samples], 1), rtol=1e-3, atol=1e-5)
 
 
 def test_greedy_with_all_candidates_is_plain_greedy():

@@ -10,6 +10,7 @@ import torch
 
 from flux_attention.cli import board as page
 from flux_attention.cli import main
+from flux_attention.data.sample_set import make_sample_set
 from flux_attention.evaluation import board as boards
 from flux_attention.evaluation.board import Board, BoardRun, UnfinishedError, run_board
 from flux_attention.evaluation.board_config import MIXED, BoardConfig
@@ -25,7 +26,6 @@ from flux_attention.evaluation.entrants import (
 )
 from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches
 from flux_attention.evaluation.runner import Record, RunOptions, run_samples
-from flux_attention.evaluation.sample_set import SampleSet, make_sample_set, prepared_samples
 from flux_attention.evaluation.summary import cell_scores, summarise
 from flux_attention.models.adapter import Adapter
 from flux_attention.models.attach import attach, detach
@@ -85,54 +85,6 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(boards, "measure_batch", counting)
     return calls
-
-
-# ------------------------------------------------------------------------------------------------ samples
-
-
-def test_samples_come_back_as_they_were(tmp_path):
-    cells = [("niah_multivalue", 900), ("docstring_continuation", 700)]
-    made = make_sample_set(cells, 3, 0, "test", make_tokenizer())
-    made.save(tmp_path / "samples.xz")
-    again = SampleSet.load(tmp_path / "samples.xz")
-    assert again.cells == made.cells and again.settings == json.loads(json.dumps(made.settings))
-
-
-def test_workers_make_the_same_samples():
-    cells = [("niah_single_2", 900), ("fewshot_topic", 900)]
-    assert make_sample_set(cells, 3, 0, "test", make_tokenizer(), workers=2) == make_sample_set(
-        cells, 3, 0, "test", make_tokenizer()
-    )
-
-
-def test_prepared_samples_are_made_once(tmp_path, monkeypatch):
-    from flux_attention.evaluation import sample_set
-
-    arguments = (tmp_path, [("niah_single_2", 900)], 2, 0, "test", make_tokenizer())
-    first = prepared_samples(*arguments)
-    # Another machine's texts do not matter once the file is there.
-    monkeypatch.setattr(sample_set, "make_sample_set", None)
-    assert prepared_samples(*arguments).cells == first.cells
-
-
-@pytest.mark.parametrize("damage", [b"", b"no xz", None])
-def test_damaged_sample_files(tmp_path, damage):
-    path = tmp_path / "samples.xz"
-    make_sample_set([("niah_single_2", 900)], 2, 0, "test", make_tokenizer()).save(path)
-    path.write_bytes(path.read_bytes()[:-40] if damage is None else damage)
-    with pytest.raises(ValueError, match=r"samples\.xz .*delete it"):
-        SampleSet.load(path)
-
-
-def test_samples_of_another_version(tmp_path, monkeypatch):
-    from flux_attention.evaluation import sample_set
-
-    made = make_sample_set([("niah_single_2", 900)], 2, 0, "test", make_tokenizer())
-    monkeypatch.setattr(sample_set, "VERSION", 0)
-    made.save(tmp_path / "samples.xz")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="of version 0, this is 1"):
-        SampleSet.load(tmp_path / "samples.xz")
 
 
 # ------------------------------------------------------------------------------------------------ outcomes

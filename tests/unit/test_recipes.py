@@ -1,4 +1,4 @@
-"""The recipes for 8B models run as they are, on a tiny backbone in the place of theirs."""
+"""The recipes run as they are, on a tiny backbone in the place of theirs."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from flux_attention.training.build import build
 from flux_attention.training.launch import main
 from flux_attention.training.sources import Rows
 
-from .tiny_backbone import make_tokenizer, save_all
+from .tiny_backbone import LAYERS, make_tokenizer, save_all
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -42,3 +42,26 @@ def test_recipes_run(tmp_path, name):
     # 13 M tokens or fewer: a router needs no more.
     ranks = 8 // plan.scale.sequence_parallel if "8gpu" in name else 1
     assert plan.scale.steps * plan.scale.accumulation * plan.scale.pack_tokens * ranks <= 20e6
+
+
+def test_the_smollm2_recipe_runs(tmp_path):
+    backbone, _ = save_all(tmp_path)
+    places = {name: tmp_path / name for name in ("out", "results", "card")} | {"backbone": backbone}
+    sizes = {"fit-prompts": 24, "fit-steps": 4, "fit-batch": 8, "search-samples": 2, "search-lengths": 1500}
+    sizes |= {"measurements": 8, "search-batch": 8, "gate-steps": 1, "gate-batch": 2, "gate-lengths": 1500}
+    sizes |= {"eval-samples": 1, "eval-length": 1500, "workers": 1, "static-shares": 0.5}
+    options = [part for key, value in {**places, **sizes}.items() for part in (f"--{key}", str(value))]
+    # Running text only: a random model is within reach of no needle.
+    groups = ("code:0.5:code_completion", "text:0.75:prose_continuation")
+    options += ["--device", "cpu", *(part for group in groups for part in ("--group", group))]
+    result = load("smollm2").main(options)
+    assert load_adapter(tmp_path / "out").config.full_bias == 0
+    written = json.loads((tmp_path / "results").read_text())
+    assert written["rankings"] == result["rankings"] and sorted(written["rankings"]["text"]["order"]) == list(
+        range(LAYERS)
+    )
+    policies = ["dense", "router", "static code 0.50", "static text 0.50", "static text 0.75", "interleaved 0.80"]
+    assert list(written["evaluation"]["policies"]) == policies
+    assert written["steps_done"] == 1 and set(written["fit_held_out"]) <= {"code_completion", "prose_continuation"}
+    card = (tmp_path / "card").read_text()
+    assert f"commit {written['commit']}, seed 0" in card and card.count("\n| static ") == 3

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_attention.data import Sample
+from flux_attention.data.progress import Progress
+from flux_attention.data.sample_set import checksum, digest
 from flux_attention.evaluation.outcomes import read_settings
 from flux_attention.evaluation.results import write_json
-from flux_attention.evaluation.runner import Progress
-from flux_attention.evaluation.sample_set import checksum, digest
 from flux_attention.models.controller import FluxAttention
 from flux_attention.training.damage import DamageMeter, greedy_ranking, leave_one_out, static_ranking
 from flux_attention.training.heads import HeadTraining, head_router, pooled_heads, train_head_router, train_static_heads

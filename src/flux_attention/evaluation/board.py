@@ -20,6 +20,7 @@ import torch
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import HOLISTIC, RETRIEVAL, Sample, get_task
+from flux_attention.data.progress import Progress, tqdm_progress
 from flux_attention.evaluation import baselines
 from flux_attention.evaluation.board_config import BoardConfig, Prepared, prepare
 from flux_attention.evaluation.entrants import (
@@ -35,7 +36,7 @@ from flux_attention.evaluation.entrants import (
     omega_of,
 )
 from flux_attention.evaluation.outcomes import OutcomeFile, Pair, batches, measure_batch
-from flux_attention.evaluation.runner import Progress, Record, RunOptions, check_samples, kv_share_of, tqdm_progress
+from flux_attention.evaluation.runner import Record, RunOptions, check_samples, kv_share_of
 from flux_attention.models.adapter import Adapter
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.controller import FluxAttention

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flux_attention.data import Sample, get_task
+from flux_attention.data.progress import Progress, tqdm_progress
+from flux_attention.data.sample_set import SampleSet, prepared_samples
 from flux_attention.data.tasks import Continuation, training_tasks
 from flux_attention.evaluation.entrants import POLICIES, Cell
-from flux_attention.evaluation.runner import Progress, tqdm_progress
-from flux_attention.evaluation.sample_set import SampleSet, prepared_samples
 from flux_attention.training.heads import HeadTraining
 
 #: Half retrieval, half holistic; what `flux-attn board` runs unless told otherwise.

@@ -205,14 +205,6 @@ def bootstrap_mean(values: ArrayLike, seed: int = 0, confidence: float = 0.95, r
     return Estimate(float(array.mean()), *_percentiles(means, confidence), len(array))
 
 
-def paired_difference(
-    first: ArrayLike, second: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = RESAMPLES
-) -> Estimate:
-    """Mean of first − second on the same samples; pairs are resampled together."""
-    a, b = _pair(first, second)
-    return bootstrap_mean(a - b, seed, confidence, resamples)
-
-
 def paired_ratio(
     first: ArrayLike, second: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = RESAMPLES
 ) -> Estimate:
@@ -291,18 +283,3 @@ def macro_ratio(
     usable = bottom_draws != 0
     ratios = top_draws[usable] / bottom_draws[usable]
     return Estimate(top / bottom, *_percentiles(ratios, confidence), sum(len(a) for a, _ in pairs.values()))
-
-
-def mean_over_seeds(runs: Sequence[Mapping[str, ArrayLike]]) -> dict[str, NDArray[np.float64]]:
-    """Per-sample means over training seeds that scored the same samples; the result is paired with any other run's."""
-    if not runs:
-        raise ValueError("runs must hold at least one seed's scores")
-    result = {}
-    for name in runs[0]:
-        if any(set(run) != set(runs[0]) for run in runs):
-            raise ValueError("every seed must have scored the same tasks")
-        arrays = [_checked(run[name], f"scores of {name!r}") for run in runs]
-        if len({len(array) for array in arrays}) != 1:
-            raise ValueError(f"seeds scored different samples of {name!r}: {[len(a) for a in arrays]}")
-        result[name] = np.mean(arrays, axis=0)
-    return result

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from flux_attention.data import Sample
+from flux_attention.data.sample_set import digest
 from flux_attention.evaluation.results import write_json
 from flux_attention.evaluation.runner import RunOptions, score_batch
-from flux_attention.evaluation.sample_set import digest
 from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Fixed, parse_columns
 

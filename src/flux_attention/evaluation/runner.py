@@ -7,7 +7,7 @@ back, without padding. Generation scores the text that the model writes by itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import Sample, make_samples
+from flux_attention.data.progress import Progress, tqdm_progress
 from flux_attention.evaluation.metrics import score, span_accuracy
 from flux_attention.generation import generate
 from flux_attention.models.controller import FluxAttention
+from flux_attention.modes import REGISTRY
 from flux_attention.route import Dial, Policy, Route
 
 Scoring = Literal["auto", "forced", "generated"]
 SCORINGS: tuple[str, ...] = ("auto", "forced", "generated")
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def kv_share_of(config: FluxConfig, omega: float, tokens: int) -> float:
     page, sinks = config.block_tokens, config.sink_tokens
     whole = -(-tokens // page)
     kept_from = max(sinks, tokens // page * page - config.window_tokens)
-    sparse = whole - (kept_from - sinks) // page if config.sparse_mode == "streaming" else whole
+    sparse = whole - (kept_from - sinks) // page if REGISTRY[config.sparse_mode].drops_keys else whole
     return ((1 - omega) * whole + omega * sparse) / whole
 
 
@@ -187,14 +188,6 @@ def score_batch(
     if options.generates(batch[0]):
         return _generated(controller, tokenizer, batch, options)
     return _forced(controller, batch)
-
-
-def tqdm_progress(batches: Iterable[Any], total: int, label: str) -> Iterable[Any]:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    # Quiet where nobody watches: a log file would get a line per batch.
-    bar: Iterable[Any] = tqdm(batches, total=total, desc=label or None, leave=False, disable=None)
-    return bar
 
 
 def _batches(samples: Sequence[Sample], options: RunOptions) -> Iterator[list[Sample]]:

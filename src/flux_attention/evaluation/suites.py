@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from flux_attention.data import Sample
+from flux_attention.data.progress import Progress
+from flux_attention.data.sample_set import SampleSet, make_sample_set, prepared_samples
 from flux_attention.evaluation.metrics import Estimate, bootstrap_mean, paired_ratio, wilson
 from flux_attention.evaluation.results import Figure
-from flux_attention.evaluation.runner import Progress, Record, RunOptions, check_samples, run_samples
-from flux_attention.evaluation.sample_set import SampleSet, make_sample_set, prepared_samples
+from flux_attention.evaluation.runner import Record, RunOptions, check_samples, run_samples
 from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Dense, Dial, Policy
 

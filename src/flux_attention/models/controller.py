@@ -29,7 +29,7 @@ from flux_attention.models.fuse import Fusion, fuse, why_not
 from flux_attention.models.layout import Layout
 from flux_attention.models.probe import ProbeGraphs
 from flux_attention.models.step import SoftRouting, Step, host_decisions
-from flux_attention.modes import Mode, make_mode
+from flux_attention.modes import Mode, PrefillInputs, make_mode
 from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
 
@@ -647,7 +647,7 @@ class FluxAttention:
             packing = step.packings.setdefault(("packing", *members), Packing(lengths, lengths))
             some_q, some_k, some_v = (members_of(x, members, layout.counts) for x in (q, k, v))
             some_ends = tuple(ends[s] for s in members)
-            return mode.prefill(some_q, some_k, some_v, packing, some_ends, scale=scale, impl=self.impl)
+            return mode.prefill(PrefillInputs(some_q, some_k, some_v, packing, some_ends, scale, self.impl))
 
         gate = step.packings.get(("gate", layer)) if step.gates is None else step.gates[layer]
         # A recomputed layer takes its gate as an input of its own, to which the gradient belongs.
@@ -717,7 +717,7 @@ class FluxAttention:
             side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
             side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
             side_ends = tuple(ends[s] for s in members)
-            side = mode.prefill(side_q, side_k, side_v, packing, side_ends, scale=scale, impl=impl)
+            side = mode.prefill(PrefillInputs(side_q, side_k, side_v, packing, side_ends, scale, impl))
             if len(members) == len(use_full):
                 out = side
             else:

@@ -70,7 +70,7 @@ class SoftRouting:
     Attributes:
         temperature: τ of the Gumbel-softmax.
         noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
-        forced: gates `[L, S]` to use instead of the router's (for measuring a layer's damage), or `[L, Hk, S]` for
+        forced: gates `[L, S]` to use instead of the router's, or `[L, Hk, S]` for
             gates of KV heads; may require grad.
         forced_full: the values of forced gates `[L, S]` on the host, where all of them are exactly 0 or 1: only the
             chosen side gets a backward pass then.

@@ -7,7 +7,7 @@ kernel an oracle. Decode needs nothing: every mode decodes over the keys that it
 from __future__ import annotations
 
 from flux_attention.config import FluxConfig
-from flux_attention.modes.base import Mode
+from flux_attention.modes.base import Mode, PrefillInputs
 from flux_attention.modes.full import Full
 from flux_attention.modes.streaming import Streaming
 from flux_attention.modes.triangle import Triangle
@@ -15,11 +15,11 @@ from flux_attention.modes.xattention import XAttention
 
 REGISTRY: dict[str, type[Mode]] = {mode.name: mode for mode in (Full, Streaming, Triangle, XAttention)}
 
-__all__ = ["REGISTRY", "Full", "Mode", "Streaming", "Triangle", "XAttention", "make_mode"]
+__all__ = ["REGISTRY", "Full", "Mode", "PrefillInputs", "Streaming", "Triangle", "XAttention", "make_mode"]
 
 
 def make_mode(name: str, config: FluxConfig) -> Mode:
     """The mode `name` with the lengths of `config`. Raises ValueError for an unknown name."""
     if name not in REGISTRY:
         raise ValueError(f"unknown attention mode {name!r}; expected one of {', '.join(REGISTRY)}")
-    return REGISTRY[name].from_config(config)
+    return REGISTRY[name](config)

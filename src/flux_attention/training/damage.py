@@ -1,4 +1,4 @@
-"""What sparsity costs: measured damage of routes, per-layer attribution, and the rankings made from them.
+"""What sparsity costs: measured damage of routes, and the rankings made from them.
 
 The damage of a route on a sample is KL(dense ‖ routed) on the answer: summed over a short exact answer and turned into
 the share of its probability that may be lost, `1 − exp(−KL)`; the mean over tokens for running text. So one broken
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from flux_attention.data.sample import Sample
 from flux_attention.models.controller import FluxAttention
-from flux_attention.models.step import SoftRouting
 from flux_attention.route import Fixed, Route
 from flux_attention.training.data import Collator
 from flux_attention.training.objective import AnswerTokens, answer_logits, teacher_logits, token_kl
@@ -212,40 +211,12 @@ class DamageMeter:
         return found
 
 
-# ---------------------------------------------------------------------------------------------------- attribution
+# ---------------------------------------------------------------------------------------------------- single layers
 
 
 def leave_one_out(meter: DamageMeter) -> Tensor:
     """Damage of making one layer sparse and no other, float32 `[n, L]`: L passes a sample, no gradient."""
     return meter.routes(~torch.eye(meter.layers, dtype=torch.bool)).damage.T.contiguous()
-
-
-def path_attribution(meter: DamageMeter, points: int = 3) -> Tensor:
-    """Each layer's share of the damage of all layers sparse, float32 `[n, L]`.
-
-    All gates move together from z = 1 to z = 0, and `−∂KL/∂z` is averaged over `points` midpoints of the path, so a
-    sample's row adds up to its KL at z = 0 (up to the rule's error). A forward and a backward pass a point whatever L;
-    at z = 1 itself the gradient of a KL to the dense model vanishes. Source: Sundararajan et al., arXiv 1703.01365.
-    """
-    if points < 1:
-        raise ValueError(f"points must be at least 1, got {points}")
-    controller, layers = meter.controller, meter.layers
-    result = torch.zeros(len(meter.samples), layers)
-    for places in meter.batches(range(len(meter.samples))):
-        batch, answer = meter.collate(places)
-        teacher = teacher_logits(controller, batch["input_ids"], batch["attention_mask"], answer)
-        for point in range(points):
-            alpha = (point + 0.5) / points
-            gates = torch.full((layers, len(places)), alpha, device=controller.device, requires_grad=True)
-            with torch.enable_grad(), controller.soft_routing(SoftRouting(forced=gates)):
-                logits = answer_logits(controller, batch["input_ids"], batch["attention_mask"], answer)
-                kl = token_kl(teacher, logits)
-                whole = torch.tensor([counts_as_whole(meter.samples[p]) for p in places], device=kl.device)
-                total = torch.where(whole, answer.sample_sum(kl, len(places)), answer.sample_mean(kl, len(places)))
-                # A sample's KL depends on its own gates only, so the gradient of the sum is every sample's own.
-                (slope,) = torch.autograd.grad(total.sum(), gates)
-            result[places] -= slope.T.float().cpu() / points
-    return result
 
 
 def static_ranking(damage: Tensor) -> list[int]:
@@ -351,12 +322,6 @@ def rank_positions(ranking: Sequence[int]) -> Tensor:
 def _ranks(scores: Tensor) -> Tensor:
     """Place of every layer among its row's scores, smallest first; ties in layer order."""
     return torch.argsort(torch.argsort(scores, dim=-1, stable=True), dim=-1)
-
-
-def damage_positions(damage: Tensor) -> Tensor:
-    """`rank_positions` of every row of `damage [n, L]`."""
-    layers = damage.shape[-1]
-    return _ranks(damage).float() / max(1, layers - 1)
 
 
 def budget_targets(scores: Tensor, sparsity: Tensor | float, softness: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -376,9 +376,10 @@ class Collator:
             "attention_mask": attention_mask,
             "labels": labels,
             "prompt_lens": torch.tensor([len(sample.prompt_ids) for sample in samples]),
-            "class_index": torch.tensor([TASK_CLASSES.index(sample.task_class) for sample in samples]),
+            "class_index": class_index(samples),
         }
 
 
-#: What a trainer takes as its collator.
-Collate = Callable[[Sequence[Sample]], dict[str, torch.Tensor]]
+def class_index(samples: Sequence[Sample]) -> torch.Tensor:
+    """Number of each sample's class, its place in `TASK_CLASSES`, int64 `[n]`."""
+    return torch.tensor([TASK_CLASSES.index(sample.task_class) for sample in samples])

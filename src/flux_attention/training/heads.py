@@ -21,7 +21,7 @@ from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES, Sample
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.step import SoftRouting
 from flux_attention.router import LayerRouter, gumbel_noise, straight_through_gate
-from flux_attention.training.data import Collator
+from flux_attention.training.data import Collator, class_index
 from flux_attention.training.objective import AnswerTokens, Multipliers, answer_logits, teacher_logits, token_kl
 from flux_attention.training.schedules import temperature, warmup_cosine
 
@@ -172,7 +172,7 @@ def train_head_router(
                 logits = router(pooled[:, [place[id(sample)] for sample in chosen]])
                 gates = straight_through_gate(logits, tau, gumbel_noise(logits.shape, device, noise))
                 gates = gates.unflatten(0, (layers, heads))
-                classes = torch.tensor([TASK_CLASSES.index(s.task_class) for s in chosen], device=device)
+                classes = class_index(chosen).to(device)
                 penalty = multipliers(1 - gates.mean((0, 1)), classes) * len(part)
                 ((distiller.loss(chosen, gates) + penalty) / len(batch)).backward()
             nn.utils.clip_grad_norm_(router.parameters(), 5.0)

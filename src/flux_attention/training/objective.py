@@ -52,10 +52,6 @@ class AnswerTokens:
         count = values.new_zeros(batch).index_add(0, self.rows, torch.ones_like(values))
         return total / count.clamp_min(1)
 
-    def sample_sum(self, values: Tensor, batch: int) -> Tensor:
-        """Sum of per-token `values [n]` over each sample's answer, `[B]`."""
-        return values.new_zeros(batch).index_add(0, self.rows, values)
-
 
 def answer_logits(controller: FluxAttention, input_ids: Tensor, attention_mask: Tensor, answer: AnswerTokens) -> Tensor:
     """Logits at the answer positions only, `[n, V]` in the model's precision.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flux_attention.data.sample import TASK_CLASSES, Sample
+from flux_attention.data.sample import Sample
+from flux_attention.training.data import class_index
 
 #: Documents that are open to the next pack at a time; more fill packs better, fewer keep the order of the data.
 WINDOW = 64
@@ -110,7 +111,7 @@ class Pack:
             weight[None],
             torch.tensor(lengths),
             torch.tensor([len(sample.prompt_ids) for sample in samples]),
-            torch.tensor([TASK_CLASSES.index(sample.task_class) for sample in samples]),
+            class_index(samples),
         )
 
     def as_dict(self) -> dict[str, Tensor]:

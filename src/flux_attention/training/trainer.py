@@ -24,6 +24,7 @@ from flux_attention.models.adapter import save_adapter
 from flux_attention.models.controller import FluxAttention
 from flux_attention.training.checkpoints import check_settings, newest_checkpoint, write_settings
 from flux_attention.training.data import Collator
+from flux_attention.training.features import collate_features
 from flux_attention.training.objective import AnswerObjective, DamageObjective, Multipliers
 from flux_attention.training.schedules import temperature, warmup, warmup_cosine
 
@@ -141,50 +142,6 @@ class TrainConfig:
             ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,
         )
-
-
-@dataclass(frozen=True)
-class Features:
-    """One row of `FeatureDataset`: pooled queries `[L, D]`, target `p_full` `[L]`, class number."""
-
-    pooled: Tensor
-    target: Tensor
-    class_index: int
-
-
-class FeatureDataset(Dataset[Features]):
-    """Cached features for the `damage` objective.
-
-    Args:
-        pooled: `[L, n, D]`, as `FluxAttention.probe` gives them.
-        target: `[n, L]` in [0, 1].
-        class_index: `[n]`.
-    """
-
-    def __init__(self, pooled: Tensor, target: Tensor, class_index: Tensor) -> None:
-        layers, n = pooled.shape[:2]
-        if n == 0 or tuple(target.shape) != (n, layers) or tuple(class_index.shape) != (n,):
-            raise ValueError(
-                f"features do not fit: pooled {list(pooled.shape)} is [L, n ≥ 1, D], so target must be [n, L] and "
-                f"class_index [n]; got {list(target.shape)} and {list(class_index.shape)}"
-            )
-        self.pooled = pooled.float().cpu().transpose(0, 1).contiguous()
-        self.target, self.class_index = target.float().cpu(), class_index.cpu()
-
-    def __len__(self) -> int:
-        return self.target.shape[0]
-
-    def __getitem__(self, index: int) -> Features:
-        return Features(self.pooled[index], self.target[index], int(self.class_index[index]))
-
-
-def collate_features(rows: Sequence[Features]) -> dict[str, Tensor]:
-    """`pooled [B, L, D]`, `target [B, L]`, `class_index [B]`."""
-    return {
-        "pooled": torch.stack([row.pooled for row in rows]),
-        "target": torch.stack([row.target for row in rows]),
-        "class_index": torch.tensor([row.class_index for row in rows]),
-    }
 
 
 class _Project(TrainerCallback):

@@ -1,6 +1,6 @@
-"""The samples of a board: made in parallel before a GPU is touched, kept in one small file, the same for everyone.
+"""Sets of samples: made in parallel before a GPU is touched, kept in one small file, the same for everyone.
 
-A file holds token ids, so a board can be prepared on one machine and run on another whose Python ships other texts.
+A file holds token ids, so a run can be prepared on one machine and run on another whose Python ships other texts.
 Format: xz of one line of JSON (settings and everything but the ids), then the ids of all samples, little endian.
 """
 
@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flux_attention.data import Sample, make_sample
 from flux_attention.data.corpus import fingerprint
-from flux_attention.evaluation.runner import Progress
+from flux_attention.data.progress import Progress
 
 VERSION = 1
 # Haystacks are windows of the same texts: one dictionary over all samples finds them again.
@@ -113,19 +113,39 @@ class SampleSet:
 _TOKENIZER: Any = None
 
 
-def _make(job: tuple[str, int, int, int, str]) -> Sample:
-    task, index, length, seed, split = job
-    return make_sample(task, index, length, seed, split, _TOKENIZER)
+class Job(NamedTuple):
+    """One sample to make, as `make_sample` takes it."""
+
+    task: str
+    number: int
+    length: int
+    seed: int
+    split: str
+
+
+def spread_jobs(
+    tasks: Sequence[str], count: int, lengths: Sequence[int], seed: int, split: str = "train", first: int = 0
+) -> list[Job]:
+    """`count` jobs that go round tasks, and round lengths for each task; the first has number `first`."""
+    return [
+        # Numbers are not shared between tasks, so that one named twice gives different samples.
+        Job(tasks[i % len(tasks)], first + i, lengths[(i // len(tasks)) % len(lengths)], seed, split)
+        for i in range(count)
+    ]
+
+
+def _make(job: Job) -> Sample:
+    return make_sample(*job, _TOKENIZER)
 
 
 def make_jobs(
-    jobs: Sequence[tuple[str, int, int, int, str]],
+    jobs: Sequence[Job],
     tokenizer: Any,
     *,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> list[Sample]:
-    """Samples of jobs `(task, index, length, seed, split)`, by `workers` forked processes (before CUDA starts)."""
+    """The jobs' samples, by `workers` forked processes (before CUDA starts)."""
     global _TOKENIZER
     _TOKENIZER = tokenizer
     show = progress or (lambda batches, total, label: batches)
@@ -151,7 +171,7 @@ def make_sample_set(
 
     Raises ValueError for unknown tasks and lengths that are too short.
     """
-    jobs = [(task, index, length, seed, split) for task, length in cells for index in range(n)]
+    jobs = [Job(task, index, length, seed, split) for task, length in cells for index in range(n)]
     made = make_jobs(jobs, tokenizer, workers=workers, progress=progress)
     found: dict[tuple[str, int], tuple[Sample, ...]] = {}
     for i, cell in enumerate(cells):
@@ -189,3 +209,27 @@ def prepared_samples(
     made = make_sample_set(cells, n, seed, split, tokenizer, workers=workers, progress=progress)
     made.save(path)
     return made
+
+
+def prepared_jobs(
+    path: Path | None, jobs: Mapping[str, Sequence[Job]], tokenizer: Any, *, workers: int = 1
+) -> dict[str, list[Sample]]:
+    """Samples of named lists of jobs: a run's phases, say.
+
+    Args:
+        path: file that keeps them, made when it is not there; None = none.
+        workers: forked processes that make them (before CUDA starts).
+
+    Raises ValueError when the file holds samples of other jobs, or is damaged.
+    """
+    settings = {"jobs": {name: [list(job) for job in some] for name, some in jobs.items()}}
+    if path is not None and path.is_file():
+        found = SampleSet.load(path)
+        if found.settings != settings:
+            raise ValueError(f"{path} holds samples of other settings; delete it or name another file")
+        return {name: list(found.cells.get((name, 0), ())) for name in jobs}
+    made = iter(make_jobs([job for some in jobs.values() for job in some], tokenizer, workers=workers))
+    result = {name: [next(made) for _ in some] for name, some in jobs.items()}
+    if path is not None:
+        SampleSet(settings, {(name, 0): tuple(some) for name, some in result.items() if some}).save(path)
+    return result

@@ -1,0 +1,58 @@
+"""Groups of tasks that share a ranking, and the targets made from them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flux_attention.data import HOLISTIC, RETRIEVAL, training_tasks
+from flux_attention.router import LayerRouter
+from flux_attention.training.features import pooled_queries
+from flux_attention.training.groups import Group, agreement, class_target, group_targets
+
+
+def test_groups_are_parsed():
+    group = Group.parse("mixed:0.6:niah_single_2,fewshot*:niah_single_2")
+    assert (group.name, group.target, group.searched) == ("mixed", 0.6, ("niah_single_2",))
+    assert group.tasks == ("niah_single_2", "fewshot_topic", "fewshot_sentiment")  # not the held-out one
+    known = training_tasks()
+    wanted = tuple(name for name, task in known.items() if task.task_class == RETRIEVAL)
+    assert Group.parse(f"r:0.5:{RETRIEVAL}").tasks == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("name:0.5", "a group is"), ("a:0.5:nonsense", "'nonsense' is no training task"), ("a:b:kv_lookup", "float")],
+)
+def test_bad_groups(text, message):
+    with pytest.raises(ValueError, match=message):
+        Group.parse(text)
+
+
+def test_targets_follow_the_ranking_of_a_samples_group():
+    groups = [Group("a", 0.25, ("x",)), Group("b", 0.75, ("y",))]
+    samples = [SimpleNamespace(task=name) for name in ("x", "y", "x")]
+    target = group_targets(samples, groups, {"a": [3, 2, 1, 0], "b": [0, 1, 2, 3]}, softness=0.5)
+    assert (target > 0.5).tolist() == [[True, True, True, False], [False, False, False, True], [True] * 3 + [False]]
+
+
+def test_class_targets_weigh_tasks():
+    groups = [Group("a", 0.6, ("niah_single_2",)), Group("b", 0.9, ("niah_single_3", "kv_lookup"))]
+    assert class_target(groups, RETRIEVAL) == pytest.approx(0.8)
+    assert class_target(groups, HOLISTIC) == 1.0
+
+
+def test_agreement_is_told_by_task():
+    router = LayerRouter(2, 4, 3.0)  # starts with every layer full
+    samples = [SimpleNamespace(task=name) for name in ("x", "y", "y")]
+    target = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    found = agreement(router, torch.zeros(2, 3, 4), samples, target)
+    assert found == {"x": {"omega": 0.0, "agreement": 1.0}, "y": {"omega": 0.0, "agreement": 0.25}}
+
+
+def test_pooled_queries_keep_the_order_of_prompts():
+    def probe(prompts):
+        return torch.stack([prompt.float().mean().reshape(1) for prompt in prompts])[None]
+
+    found = pooled_queries(SimpleNamespace(probe=probe), [(1, 1), (2,), (3, 3, 3)], batch=2)
+    assert found.tolist() == [[[1.0], [2.0], [3.0]]]
