@@ -53,7 +53,7 @@ from flux_attention.training.features import FeatureDataset, pooled_queries
 from flux_attention.training.groups import Group, agreement, class_target, group_targets
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import initialise_bias
-from flux_attention.training.route_search import LayerCosts, search_routes
+from flux_attention.training.route_search import LayerCosts, race_routes, search_routes
 from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_state
 
 #: Kinds of need, each with its Ω: finding something, going on with a text, its gist, judging many examples. Prompts in
@@ -102,6 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=[1500, 300, 200, 150],
         help="routed passes, one or one a group; 0 = the costs of the group before hold for this one, too",
     )
+    add("--race", type=int, default=24, help="routes of the first group that race on its samples at the end; 0 = none")
     add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
     add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
     add("--softness", type=float, default=1.0, help="of the targets around the budget, in ranks")
@@ -139,6 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             "search_lengths": [800],
             "measurements": [32],
             "search_batch": 16,
+            "race": 2,
             "fit_steps": 40,
             "fit_batch": 32,
             "gate_steps": min(options.gate_steps, 2),
@@ -221,6 +223,19 @@ def rank_group(
             flush=True,
         ),
     )
+    if options.race and not known:
+        found = race_routes(
+            meter,
+            found,
+            group.target,
+            routes=options.race,
+            seed=options.seed,
+            watch=lambda row: print(
+                f"  {group.name}: {row['left']:.0f} routes left after {row['samples']:.0f} samples, loss "
+                f"{row['loss']:.4f}",
+                flush=True,
+            ),
+        )
     print(f"  {group.name}: {found.order} from {dict(used)}", flush=True)
     return found, dict(used)
 
@@ -236,7 +251,8 @@ def search(
         with cost.phase("search"):
             if group.name in earlier:
                 row = earlier[group.name]
-                found = LayerCosts(torch.tensor(row["costs"]), torch.tensor(row["deviations"]), row["curve"])
+                costs, deviations = torch.tensor(row["costs"]), torch.tensor(row["deviations"])
+                found = LayerCosts(costs, deviations, row["curve"], raced=tuple(row.get("raced", ())))
                 used = row["samples"]
             else:
                 samples = made[f"search:{group.name}"]
@@ -246,6 +262,7 @@ def search(
             "order": found.order,
             "costs": [round(float(x), 5) for x in found.mean],
             "deviations": [round(float(x), 5) for x in found.deviation],
+            "raced": list(found.raced),
             "samples": used,
             "target": group.target,
             "curve": found.curve,

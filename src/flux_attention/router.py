@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +70,6 @@ class PoolPlan:
     def gather(self, tokens: Tensor) -> Tensor:
         """`tokens [N, …]` → `[S, K, …]`."""
         return tokens[self.index]
-
-    @cached_property
-    def gathered(self) -> PoolPlan:
-        """The plan for what `gather` returns, flattened to `[S·K, …]`."""
-        return PoolPlan(torch.arange(self.index.numel(), device=self.index.device).view_as(self.index), self.weight)
 
     def mean(self, queries: Tensor) -> Tensor:
         """`queries [S, K, H, D]` before RoPE → their mean over tokens and heads, float32 `[S, D]`."""
@@ -177,16 +171,20 @@ class LayerRouter(nn.Module):
             x = F.silu(x) if active else x
         return x if layer is None else x[0]
 
-    def from_parts(self, parts: Tensor, layer: int) -> Tensor:
-        """Logits `[S, 2]` of one layer from pooled queries in parts, `[S, parts, D]`; inference, in few launches."""
-        return router_logits(
-            parts,
-            self.input_mean[layer],
-            self.input_scale[layer],
-            [weight[layer] for weight in self.weights],
-            [bias[layer] for bias in self.biases],
+    def from_parts(self, parts: Tensor, layer: int | None = None) -> Tensor:
+        """Logits as `forward` gives them, from pooled queries in parts: `[L, S, parts, D]`, or `[S, parts, D]` with
+        `layer`. Inference, in few launches.
+        """
+        rows = slice(None) if layer is None else slice(layer, layer + 1)
+        logits = router_logits(
+            parts if layer is None else parts[None],
+            self.input_mean[rows],
+            self.input_scale[rows],
+            [weight[rows] for weight in self.weights],
+            [bias[rows] for bias in self.biases],
             self.ACTIVE,
         )
+        return logits if layer is None else logits[0]
 
     def p_full(self, pooled: Tensor, layer: int | None = None) -> Tensor:
         """Probability of full attention, `[L, S]` or `[S]`."""

@@ -97,9 +97,10 @@ def _router(impl: str, device: str, dtype: torch.dtype, hq: int, hk: int, dim: i
         yield from _compare(f"pool norm={normed}", impl, pool, x, f"{hq}x{dim} {dtype}")
     made = {"device": device, "dtype": torch.float32}
     sizes = (dim, 8 * dim, 2 * dim, 4 * dim, dim, 2)
-    x = {"parts": _random(2, 3, dim, **made), "mean": _random(dim, **made), "scale": _random(dim, **made)}
+    # Three layers, two sequences; more parts than one load takes.
+    x = {"parts": _random(3, 2, 11, dim, **made), "mean": _random(3, dim, **made), "scale": _random(3, dim, **made)}
     for i, (k, n) in enumerate(itertools.pairwise(sizes)):
-        x[f"w{i}"], x[f"b{i}"] = _random(n, k, **made) / k**0.5, _random(n, **made)
+        x[f"w{i}"], x[f"b{i}"] = _random(3, n, k, **made) / k**0.5, _random(3, n, **made)
 
     def logits(i: str, t: dict[str, Tensor]) -> list[Tensor]:
         weights, biases = ([t[f"{name}{j}"] for j in range(5)] for name in "wb")

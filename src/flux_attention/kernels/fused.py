@@ -225,7 +225,7 @@ def rotary_append(
 # ------------------------------------------------------------------------------------------------ router
 
 #: Tokens that one program pools.
-_POOLED = 8
+_POOLED = 4
 
 
 def pool_queries(
@@ -276,42 +276,55 @@ def router_logits(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """One layer's router on pooled queries in parts, `[S, parts, D]` → logits `[S, 2]`, float32.
+    """Routers of `L` layers on pooled queries in parts, `[L, S, parts, D]` → logits `[L, S, 2]`, float32.
 
-    `mean, scale [D]` whiten the input; `weights [out, in]`, `biases [out]`, and whether SiLU follows, layer by layer.
+    `mean, scale [L, D]` whiten the input; `weights [L, out, in]`, `biases [L, out]`, and whether SiLU follows, product
+    by product: an odd number of them. Triton takes two products a launch.
     """
     if not _triton(parts, impl):
-        x = (parts.sum(1) - mean) * scale
+        x = (parts.sum(2) - mean[:, None]) * scale[:, None]
         for weight, bias, active in zip(weights, biases, silu, strict=True):
-            x = F.linear(x, weight, bias)
+            x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
             x = F.silu(x) if active else x
         return x
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
 
-    x, rows = parts, parts.shape[0]
-    for i, (weight, bias, active) in enumerate(zip(weights, biases, silu, strict=True)):
-        n, k = weight.shape
-        out = torch.empty(rows, 1, n, dtype=torch.float32, device=parts.device)
-        kernels.router_kernel[(triton.cdiv(n, 8), rows)](
+    x, (layers, rows) = parts.contiguous(), parts.shape[:2]
+
+    def reads(x: Tensor) -> dict[str, Any]:
+        count, k = x.shape[2:]
+        return {"parts": count, "K": k, "BK": triton.next_power_of_2(k), "PARTS": 8 * triton.cdiv(count, 8)}
+
+    for i in range(0, len(weights) - 1, 2):
+        n, m = weights[i].shape[1], weights[i + 1].shape[1]
+        width = 32 if i == 0 else 16
+        out = torch.empty(layers, rows, triton.cdiv(n, width), m, dtype=torch.float32, device=x.device)
+        kernels.router_pair_kernel[(out.shape[2], rows, layers)](
             x,
-            mean,
+            mean if i == 0 else biases[i - 1],
             scale,
-            weight,
-            bias,
+            weights[i],
+            biases[i],
+            weights[i + 1],
             out,
-            n,
-            x.shape[1],
-            K=k,
-            BK=triton.next_power_of_2(k),
-            BN=8,
+            **reads(x),
+            N=n,
+            BN=width,
+            M=m,
+            BM=triton.next_power_of_2(m),
             WHITEN=i == 0,
-            SILU=active,
-            num_warps=4,
+            SILU_IN=i > 0 and silu[i - 1],
+            SILU=silu[i],
+            num_warps=8,
         )
         x = out
-    return x[:, 0]
+    logits = torch.empty(layers, rows, 2, dtype=torch.float32, device=x.device)
+    kernels.router_last_kernel[(rows, layers)](
+        x, biases[-2], weights[-1], biases[-1], logits, **reads(x), SILU_IN=silu[-2], num_warps=4
+    )
+    return logits
 
 
 # ------------------------------------------------------------------------------------------------ one token

@@ -140,7 +140,7 @@ def pool_kernel(
     o_h, o_d = tl.arange(0, HEADS), tl.arange(0, D)
     m_h = (o_h < HQ)[:, None]
     b_out = tl.zeros([D], tl.float32)
-    for i in range(TOKENS):
+    for i in tl.static_range(TOKENS):
         i_k = i_c * TOKENS + i
         m_k = i_k < k
         i_t = tl.load(p_index + i_s * k + i_k, mask=m_k, other=0).to(tl.int64)
@@ -155,24 +155,71 @@ def pool_kernel(
 
 
 @triton.jit
-def router_kernel(
-    p_x, p_mean, p_scale, p_weight, p_bias, p_out, n, parts,
-    K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, WHITEN: tl.constexpr, SILU: tl.constexpr,
+def _router_input(
+    p_x, p_shift, p_scale, parts,
+    K: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, WHITEN: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One layer of the router's MLP, float32: `weight [n, K]` times `x`, the sum of `parts` rows `[S, parts, K]`."""
-    i_n, i_s = tl.program_id(0), tl.program_id(1)
-    o_n, o_k = i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    m_n, m_k = o_n < n, o_k < K
+    """Sum of the rows of `[parts, K]`, whitened or with the bias and the SiLU of the product that it comes from."""
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
     b_x = tl.zeros([BK], tl.float32)
-    for i in range(parts):
-        b_x += tl.load(p_x + (i_s * parts + i) * K + o_k, mask=m_k, other=0.0)
+    # Eight rows a load, none of which waits for the one before.
+    for i in tl.static_range(0, PARTS, 8):
+        o_p = i + tl.arange(0, 8)
+        m = (o_p < parts)[:, None] & m_k[None, :]
+        b_x += tl.sum(tl.load(p_x + o_p[:, None] * K + o_k[None, :], mask=m, other=0.0), 0)
+    b_shift = tl.load(p_shift + o_k, mask=m_k, other=0.0)
     if WHITEN:
-        b_x = (b_x - tl.load(p_mean + o_k, mask=m_k, other=0.0)) * tl.load(p_scale + o_k, mask=m_k, other=0.0)
-    b_w = tl.load(p_weight + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
-    b_out = tl.sum(b_w * b_x[None, :], 1) + tl.load(p_bias + o_n, mask=m_n, other=0.0)
+        b_x = (b_x - b_shift) * tl.load(p_scale + o_k, mask=m_k, other=0.0)
+    else:
+        b_x += b_shift
     if SILU:
-        b_out = b_out * tl.sigmoid(b_out)
-    tl.store(p_out + i_s * n + o_n, b_out, mask=m_n)
+        b_x = b_x * tl.sigmoid(b_x)
+    return b_x
+
+
+@triton.jit
+def router_pair_kernel(
+    p_x, p_shift, p_scale, p_first, p_bias, p_second, p_out, parts,
+    K: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr, WHITEN: tl.constexpr, SILU_IN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Two products of the router's MLP, float32: a program takes BN of the N hidden values from input to output.
+
+    `p_x [L, S, parts, K]`, `p_first [L, N, K]`, `p_second [L, M, N]` → `p_out [L, S, N / BN, M]`, whose sum over the
+    programs is the second product, its bias and activation left to whoever reads it.
+    """
+    i_n, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row = i_l * tl.num_programs(1) + i_s
+    b_x = _router_input(
+        p_x + i_row * parts * K, p_shift + i_l * K, p_scale + i_l * K, parts, K, BK, PARTS, WHITEN, SILU_IN
+    )
+    o_n, o_k, o_m = i_n * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BM)
+    m_n, m_m = o_n < N, o_m < M
+    m_w = m_n[:, None] & (o_k < K)[None, :]
+    b_w = tl.load(p_first + i_l * N * K + o_n[:, None] * K + o_k[None, :], mask=m_w, other=0.0)
+    b_h = tl.sum(b_w * b_x[None, :], 1) + tl.load(p_bias + i_l * N + o_n, mask=m_n, other=0.0)
+    if SILU:
+        b_h = b_h * tl.sigmoid(b_h)
+    m_v = m_m[:, None] & m_n[None, :]
+    b_v = tl.load(p_second + i_l * M * N + o_m[:, None] * N + o_n[None, :], mask=m_v, other=0.0)
+    tl.store(p_out + (i_row * tl.num_programs(0) + i_n) * M + o_m, tl.sum(b_v * b_h[None, :], 1), mask=m_m)
+
+
+@triton.jit
+def router_last_kernel(
+    p_x, p_shift, p_weight, p_bias, p_out, parts,
+    K: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, SILU_IN: tl.constexpr,
+):  # fmt: skip
+    """The router's two logits, `p_out [L, S, 2]`, from `p_x [L, S, parts, K]`."""
+    i_s, i_l = tl.program_id(0), tl.program_id(1)
+    i_row = i_l * tl.num_programs(0) + i_s
+    b_x = _router_input(p_x + i_row * parts * K, p_shift + i_l * K, p_shift, parts, K, BK, PARTS, False, SILU_IN)
+    o_n, o_k = tl.arange(0, 2), tl.arange(0, BK)
+    m_k = (o_k < K)[None, :]
+    b_w = tl.load(p_weight + i_l * 2 * K + o_n[:, None] * K + o_k[None, :], mask=m_k, other=0.0)
+    b_out = tl.sum(b_w * b_x[None, :], 1) + tl.load(p_bias + i_l * 2 + o_n)
+    tl.store(p_out + i_row * 2 + o_n, b_out)
 
 
 # ------------------------------------------------------------------------------------------------ one token

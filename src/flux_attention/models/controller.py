@@ -7,6 +7,7 @@ packing), the cache, and the route. Everything the attention function needs is i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -179,23 +180,24 @@ class FluxAttention:
         for i, prompt in enumerate(prompts):
             if prompt.numel() == 0:
                 raise ValueError(f"prompt {i} is empty")
-        context = PolicyContext(len(self.layers), tuple(p.cpu() for p in prompts))
         if self.policy is not None:
-            return self.policy(context)
+            return self.policy(PolicyContext(len(self.layers), tuple(p.cpu() for p in prompts)))
         if self.config.router_input == "inline":
             raise ValueError(
                 'this adapter routes inline, while prefilling; run the model, or set router_input="probe" to route '
                 "from the prompt's two ends alone"
             )
         routed = [p.numel() > self.config.min_routed_tokens for p in prompts]
-        full = Route.full(len(self.layers), len(prompts))
         if not any(routed):
-            return full
+            return Route.full(len(self.layers), len(prompts))
         # Only prompts that can gain are probed, but every sequence keeps its column.
         probed = [p for p, r in zip(prompts, routed, strict=True) if r]
         replayed = self._probes.p_full(probed)
         p_full = self.router.p_full(self.probe(probed)) if replayed is None else replayed
         found = Route.from_scores(p_full).with_dial(self.dial)
+        if all(routed):
+            return found
+        full = Route.full(len(self.layers), len(prompts))
         order = torch.tensor(routed, dtype=torch.long).cumsum(0).sub(1).clamp_min(0)
         return found.select(order).where(routed, full)
 
@@ -212,7 +214,8 @@ class FluxAttention:
         if by_head:
             assert self.config.backbone is not None
             step.collect_heads = self.config.backbone.num_key_value_heads
-        return self.run_probe(ids, step)
+        found = self.run_probe(ids, step)
+        return found if by_head else found.sum(2)
 
     def prompt_ends(self, prompt: Tensor) -> Tensor:
         """First and last `pool_tokens` tokens of a prompt, side by side."""
@@ -231,7 +234,10 @@ class FluxAttention:
         return step
 
     def run_probe(self, ids: Tensor, step: Step) -> Tensor:
-        """Pooled queries `[L, S, D]` of `ids [S, columns]`; device work only."""
+        """Pooled queries of `ids [S, columns]` in parts to be added up, `[L, S, parts, D]`; device work only.
+
+        With `step.collect_heads` `[L, S, Hk, D]`, the heads' own.
+        """
         step.pooled = [None] * len(self.layers)
         outer, self._step = self._step, step
         try:
@@ -245,9 +251,7 @@ class FluxAttention:
             assert self._side is not None
             torch.cuda.current_stream(self.device).wait_stream(self._side)
             step.held.clear()
-        found = torch.stack([p for p in step.pooled if p is not None])
-        # A fused layer pools in parts.
-        return found.sum(2) if found.ndim == 4 and not step.collect_heads else found
+        return torch.stack([p for p in step.pooled if p is not None])
 
     @contextmanager
     def stepping(self, cache: FluxCache, layout: Layout) -> Iterator[None]:
@@ -440,7 +444,7 @@ class FluxAttention:
         assert step.pool_plan is not None
         _, layer = module._flux_attention  # type: ignore[misc]
         if not (step.soft or step.collect_heads) and self.fusion is not None and self.fusion.pools(layer):
-            return  # the layer calls `decide` or `pool`
+            return  # the layer calls `pool`
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if step.soft is not None and not step.collect:
             self.layer_gate(step, layer, hidden, lambda tokens: self.family.queries(module, tokens))
@@ -455,27 +459,9 @@ class FluxAttention:
                 return
             pooled = step.pool_plan.mean(queries)
             if step.collect:
-                self._collect(step, layer, pooled)
+                self._collect(step, layer, pooled[:, None])
                 return
             step.decisions[layer] = _to_host(self.router(pooled.detach(), layer))
-
-    def decide(self, layer: int, hidden: Tensor, project: Callable[[Tensor], Tensor], norm: Norm | None) -> None:
-        """Have a fused layer's router decide from the layer's input, `hidden [B, T, H]`; only where it routes inline.
-
-        `project` takes the pooled tokens of the input, `[S, K, H]`, to their queries before the head norm. It all runs
-        beside the layer's first norm, whose many short blocks make room for it, as a projection's blocks would not:
-        they stay until the projection is done. So the decision has three projections and more to reach the host.
-        """
-        step = self._step
-        if step is None or step.soft or not step.inline:
-            return
-        plan, backbone = step.pool_plan, self.config.backbone
-        assert plan is not None and backbone is not None
-        with self._beside(step, hidden):
-            queries = project(plan.gather(hidden.flatten(0, 1))).flatten(0, 1)
-            gathered = plan.gathered
-            parts = pool_queries(queries, gathered.index, gathered.weight, backbone.head_dim, norm)
-            step.decisions[layer] = _to_host(self.router.from_parts(parts, layer))
 
     @property
     def probing(self) -> bool:
@@ -483,15 +469,26 @@ class FluxAttention:
         return self._step is not None and self._step.collect
 
     def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
-        """Pool a probed, fused layer's queries before the rotary embedding, `[N, Hq * D]`."""
+        """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`: for a probe, or to route inline.
+
+        An inline decision is made in line with the layer, by four short launches behind the queries. Beside the other
+        projections they would wait at each of them: a product's blocks hold the whole device until it is done. So the
+        decision has two projections and the rotary embedding to reach the host.
+        """
         step = self._step
-        if step is None or not step.collect or step.collect_heads:
+        if step is None or step.soft or step.collect_heads or not (step.collect or step.inline):
             return
         plan, backbone = step.pool_plan, self.config.backbone
         assert plan is not None and backbone is not None
-        with self._beside(step, queries):
-            parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
-            self._collect(step, layer, parts)
+        if step.collect:
+            with self._beside(step, queries):
+                self._collect(step, layer, pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm))
+            return
+        parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
+        logits = self.router.from_parts(parts, layer)
+        # Only the copy runs beside, by the device's copy engine.
+        with self._beside(step, logits):
+            step.decisions[layer] = _to_host(logits)
 
     def _collect(self, step: Step, layer: int, pooled: Tensor) -> None:
         """Keep a layer's pooled queries. Raises `_ProbeDoneError` with the last one's: the rest of the pass is idle."""
@@ -573,15 +570,16 @@ class FluxAttention:
         if event is not None:
             event.synchronize()
             step.held.clear()
-        p_full = logits.detach().cpu().softmax(-1)[..., 1]
-        short = torch.tensor(step.keep_short_full)
         if step.route.p_full is None:
             step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
             if step.cache is not None:
                 step.cache.set_route(step.route)
         assert step.route.p_full is not None
-        step.route.p_full[layer] = torch.where(short, torch.ones(()), p_full)
-        step.route.use_full[layer] = step.route.p_full[layer] > 0.5
+        # The device waits for these lines: plain numbers are quicker than a dozen operations on two of them.
+        for s, ((sparse, full), short) in enumerate(zip(logits.tolist(), step.keep_short_full, strict=True)):
+            if not short:
+                step.route.p_full[layer, s] = 0.5 + 0.5 * math.tanh(0.5 * (full - sparse))
+                step.route.use_full[layer, s] = full > sparse
 
     @property
     def decodes(self) -> bool:

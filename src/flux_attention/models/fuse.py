@@ -85,7 +85,7 @@ class Fusion:
         self._changed = []
 
     def pools(self, index: int) -> bool:
-        """Whether layer `index` calls the router itself (`FluxAttention.decide`, `FluxAttention.pool`) in this pass."""
+        """Whether layer `index` has its queries pooled itself (`FluxAttention.pool`) in this pass."""
         return not torch.is_grad_enabled() and not self.layers[index].hooked
 
     def tune(self) -> None:
@@ -174,7 +174,6 @@ class _Layer:
         if hidden_states.shape[:2] == (1, 1) and self.controller.decodes and not self.attention._forward_hooks:
             return self._one_token(hidden_states.flatten(), position_embeddings)[None, None]
         mlp = self.layer.mlp
-        self.controller.decide(self.index, hidden_states, self._queries, self.q_norm)
         normed = fused.rms_norm(hidden_states, self.first)
         attended, _ = self.attention(hidden_states=normed, **arguments)
         del normed
@@ -225,11 +224,6 @@ class _Layer:
             attended = self.controller.attend(self.index, q, k, v, module.scaling)
         projected: Tensor = module.o_proj(attended.reshape(batch, columns, -1))
         return projected, None
-
-    def _queries(self, tokens: Tensor) -> Tensor:
-        """Queries of some of the layer's input, `[..., H]` → `[..., Hq * D]`, before the head norm."""
-        queries: Tensor = self.attention.q_proj(fused.rms_norm(tokens, self.first))
-        return queries
 
     def _fork(self, x: Tensor) -> _Fork:
         """Where products of `x` may run beside each other: in a probe, whose few tokens leave most of a GPU idle."""

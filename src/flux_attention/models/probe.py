@@ -62,7 +62,7 @@ class ProbeGraphs:
         step = controller.probe_step([columns] * rows, columns)
 
         def run() -> Tensor:
-            return controller.router.p_full(controller.run_probe(ids, step))
+            return controller.router.from_parts(controller.run_probe(ids, step)).softmax(-1)[..., 1]
 
         stream = torch.cuda.Stream(controller.device)
         stream.wait_stream(torch.cuda.current_stream(controller.device))

@@ -5,7 +5,8 @@ its own: a Bayesian linear model explains the loss over the dense model's by the
 routes are the best ones under draws from its posterior. All measurements inform every layer, they gather where the
 good routes are, and the model is fitted at the sparsity that is wanted, where layers that stand in for each other have
 made themselves felt. Forward passes only. Sources: Thompson sampling for combinatorial bandits (Chapelle & Li, 2011),
-regression on random subsets (Ilyas et al., arXiv 2202.00622).
+regression on random subsets (Ilyas et al., arXiv 2202.00622). What a sum over layers cannot tell, which of two close
+routes is better, a race settles: successive halving (Jamieson & Talwalkar, arXiv 1502.07943) on the same samples.
 
 Shapes: `L` routable layers, `n` measurements.
 """
@@ -13,7 +14,7 @@ Shapes: `L` routable layers, `n` measurements.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,16 +38,21 @@ class LayerCosts:
     Attributes:
         mean, deviation: of the posterior, float64 `[L]`, in units of `Measured.loss`.
         curve: a row a round: `measured` so far, mean `sparsity` and mean `loss` over dense of the round's routes.
+        covariance: of the posterior, float64 `[L, L]`; None where only deviations are known.
+        raced: layers that the best route of a race makes sparse; they come first in the ranking.
     """
 
     mean: Tensor
     deviation: Tensor
     curve: list[dict[str, float]] = field(default_factory=list)
+    covariance: Tensor | None = None
+    raced: tuple[int, ...] = ()
 
     @property
     def order(self) -> list[int]:
         """A ranking: layers, cheapest to make sparse first."""
-        return torch.argsort(self.mean, stable=True).tolist()
+        by_cost = torch.argsort(self.mean, stable=True).tolist()
+        return sorted(by_cost, key=lambda layer: layer not in self.raced)
 
 
 class _LinearModel:
@@ -106,10 +112,7 @@ class _LinearModel:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Costs of the layers under `count` draws from the posterior, `[count, L]`."""
-        mean, covariance = self.costs()
-        values, vectors = torch.linalg.eigh(covariance)
-        normal = torch.randn(count, self.layers, dtype=torch.float64, generator=generator)
-        return mean + (normal * values.clamp_min(0).sqrt()) @ vectors.T
+        return _draws(*self.costs(), count, generator)
 
 
 def search_routes(
@@ -171,4 +174,69 @@ def search_routes(
         if watch is not None:
             watch(row)
     mean, covariance = model.costs()
-    return LayerCosts(mean, covariance.diagonal().clamp_min(0).sqrt(), curve)
+    return LayerCosts(mean, covariance.diagonal().clamp_min(0).sqrt(), curve, covariance)
+
+
+def race_routes(
+    meter: DamageMeter,
+    costs: LayerCosts,
+    sparsity: float,
+    *,
+    routes: int = 32,
+    samples: Sequence[int] = (64, 192, 512),
+    keep: Sequence[int] = (10, 4, 1),
+    seed: int = 0,
+    watch: Callable[[dict[str, float]], None] | None = None,
+) -> LayerCosts:
+    """Let likely routes of exactly Ω = `sparsity` race on the same samples; the costs with the winner in `raced`.
+
+    Heats measure the routes that are left on more and more samples and keep the best; a measurement is never
+    repeated. The field is the ranking's own route and the best ones under draws from the posterior.
+
+    Args:
+        meter: samples that the search did not see, or the same.
+        costs: what a search found, with its covariance.
+        routes: that start.
+        samples, keep: of each heat: how many samples, and how many routes go on.
+        seed: of the draws and the order of samples.
+        watch: called with each heat's `samples`, routes `left` and best mean `loss`.
+
+    Raises:
+        ValueError: a sparsity outside (0, 1), costs without covariance, or heats that do not match.
+    """
+    layers = meter.layers
+    if not 0.0 < sparsity < 1.0:
+        raise ValueError(f"sparsity must lie strictly between 0 and 1, got {sparsity!r}")
+    if costs.covariance is None:
+        raise ValueError("a race draws its routes from the posterior of a search: these costs have no covariance")
+    if routes < 1 or not samples or len(samples) != len(keep) or min(*samples, *keep) < 1:
+        raise ValueError(f"a race needs routes and heats, got {routes} routes, samples {samples}, keep {keep}")
+    generator = torch.Generator().manual_seed(seed)
+    budget = round(sparsity * layers)
+    draws = torch.cat((costs.mean[None], _draws(costs.mean, costs.covariance, 8 * routes, generator)))
+    # Many draws agree; dict keeps the first of each.
+    running = list(dict.fromkeys(tuple(sorted(row[:budget])) for row in draws.argsort(1).tolist()))[:routes]
+    order = torch.randperm(len(meter.samples), generator=generator).tolist()
+    losses: dict[tuple[int, ...], Tensor] = {route: torch.zeros(0) for route in running}
+    for count, left in zip(samples, keep, strict=True):
+        pairs = [(route, member) for route in running for member in order[len(losses[route]) : count]]
+        if pairs:
+            use_full = torch.ones(layers, len(pairs), dtype=torch.bool)
+            for place, (route, _) in enumerate(pairs):
+                use_full[list(route), place] = False
+            parts = iter(meter.measure([member for _, member in pairs], use_full).loss.split(1))
+            for route in running:
+                fresh = [next(parts) for _ in order[len(losses[route]) : count]]
+                losses[route] = torch.cat((losses[route], *fresh))
+        running = sorted(running, key=lambda route: float(losses[route].mean()))[:left]
+        if watch is not None:
+            mean = float(losses[running[0]].mean())
+            watch({"samples": float(min(count, len(order))), "left": float(len(running)), "loss": mean})
+    return replace(costs, raced=running[0])
+
+
+def _draws(mean: Tensor, covariance: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` draws from a normal distribution, float64 `[count, L]`; the covariance may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    normal = torch.randn(count, len(mean), dtype=torch.float64, generator=generator)
+    return mean + (normal * values.clamp_min(0).sqrt()) @ vectors.T
