@@ -85,7 +85,7 @@ class Fusion:
         self._changed = []
 
     def pools(self, index: int) -> bool:
-        """Whether layer `index` calls the router itself (`FluxAttention.decide`, `FluxAttention.pool`) in this pass."""
+        """Whether layer `index` calls the router itself (`LayerPooling.decide`, `LayerPooling.pool`) in this pass."""
         return not torch.is_grad_enabled() and not self.layers[index].hooked
 
     def tune(self) -> None:
@@ -174,7 +174,7 @@ class _Layer:
         if hidden_states.shape[:2] == (1, 1) and self.controller.decodes and not self.attention._forward_hooks:
             return self._one_token(hidden_states.flatten(), position_embeddings)[None, None]
         mlp = self.layer.mlp
-        self.controller.decide(self.index, hidden_states, self._queries, self.q_norm)
+        self.controller.pooling.decide(self.index, hidden_states, self._queries, self.q_norm)
         normed = fused.rms_norm(hidden_states, self.first)
         attended, _ = self.attention(hidden_states=normed, **arguments)
         del normed
@@ -212,7 +212,7 @@ class _Layer:
         fork = self._fork(hidden_states)
         q = module.q_proj(hidden_states).flatten(0, 1)
         # Ends a probe at its last layer, so nothing may have been put on another stream yet.
-        self.controller.pool(self.index, q, self.q_norm)
+        self.controller.pooling.pool(self.index, q, self.q_norm)
         k, v = (
             x.flatten(0, 1) for x in fork(partial(module.k_proj, hidden_states), partial(module.v_proj, hidden_states))
         )
