@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flux_attention.config import FluxConfig
-from flux_attention.kernels.api import _importable
+from flux_attention.kernels.dispatch import importable
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.delta import AppliedDelta
@@ -120,7 +120,7 @@ def _install(controller: FluxAttention, fuse_layers: bool | None) -> None:
     controller.decoder.config._attn_implementation = ATTENTION_NAME
     controller.decoder._flux_config = controller.config
     controller.model._flux_attention_controller = controller
-    able = controller.device.type == "cuda" and _importable("triton")
+    able = controller.device.type == "cuda" and importable("triton")
     if fuse_layers or (fuse_layers is None and able and why_not(controller) is None):
         controller.fusion = fuse_model(controller)
 
