@@ -159,12 +159,12 @@ def late_layers(controller: FluxAttention, run: Callable[[], Any]) -> int:
         late.append(begun.query())
         return out
 
-    vars(controller)["attend"], LayerPrefill._sides = watched_attend, watched_sides  # type: ignore[method-assign]
+    vars(controller)["attend"], LayerPrefill._sides = watched_attend, watched_sides
     try:
         run()
     finally:
         del vars(controller)["attend"]
-        LayerPrefill._sides = sides  # type: ignore[method-assign]
+        LayerPrefill._sides = sides
     return sum(late)
 
 
