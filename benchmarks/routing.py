@@ -18,6 +18,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.models import fuse
 from flux_attention.models.attach import detach
 from flux_attention.models.controller import FluxAttention
+from flux_attention.models.prefill import LayerPrefill
 from flux_attention.models.probe import ProbeGraphs
 from flux_attention.route import Route
 from flux_attention.router import LayerRouter
@@ -147,7 +148,7 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
 def late_layers(controller: FluxAttention, run: Callable[[], Any]) -> int:
     """Layers whose attention was launched only after the device had done all work before it."""
     late, begun = [], torch.cuda.Event()
-    attend, sides = controller.attend, controller._sides
+    attend, sides = controller.attend, LayerPrefill._sides
 
     def watched_attend(*args: Any) -> Tensor:
         begun.record()
@@ -158,11 +159,12 @@ def late_layers(controller: FluxAttention, run: Callable[[], Any]) -> int:
         late.append(begun.query())
         return out
 
-    vars(controller).update(attend=watched_attend, _sides=watched_sides)
+    vars(controller)["attend"], LayerPrefill._sides = watched_attend, watched_sides
     try:
         run()
     finally:
-        del vars(controller)["attend"], vars(controller)["_sides"]
+        del vars(controller)["attend"]
+        LayerPrefill._sides = sides
     return sum(late)
 
 

@@ -1,6 +1,7 @@
 """Lower layers never import higher ones, and importing the package stays cheap (docs/architecture.md)."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,15 @@ RANKS = {
     )
     for name in names
 }
+
+
+DOCS = [
+    "README.md",
+    "docs/architecture.md",
+    "docs/how-to/evaluate.md",
+    "docs/how-to/serve-with-vllm.md",
+    "docs/how-to/train-your-own.md",
+]
 
 
 def dotted(path: Path) -> tuple[str, ...]:
@@ -74,6 +84,16 @@ def test_a_wrong_import_is_found(tmp_path, monkeypatch):
     seen = wrong.read_text() + "\ndef f():\n    from .cache import FluxCache\n    from flux_attention import attach\n"
     monkeypatch.setattr(Path, "read_text", lambda self, encoding=None: seen)
     assert {layer for layer, _ in imports(wrong)} == {"cache", "models"}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=str)
+def test_pages_name_files_that_are_there(page):
+    root = Path(__file__).resolve().parents[2]
+    there = {
+        path.name for folder in ("src", "tests", "recipes", "benchmarks") for path in (root / folder).rglob("*.py")
+    }
+    named = re.findall(r"`([\w/]+\.py)`", (root / page).read_text(encoding="utf-8"))
+    assert {name for name in named if name.rsplit("/")[-1] not in there} == set()
 
 
 def test_public_names_are_listed_once():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flux_attention.kernels.api import Packing
+from flux_attention.kernels.packing import Packing
 
 #: Query blocks scored at once by the torch version; bounds its scores to [Hq, 32 * block/stride, n/stride].
 _BLOCKS_A_CALL = 32

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flux_attention.kernels import block_lists
-from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE
 from flux_attention.kernels.dense import sdpa
+from flux_attention.kernels.packing import Packing
 
 #: Gathered key and value elements a call may hold (64 Mi: 256 MB each in float32).
 _GATHER_ELEMENTS = 1 << 26

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux_attention.kernels.api import Packing
+from flux_attention.kernels.packing import Packing
 
 #: Queries a tile where a mask has to be written out: bounds it to `_TILE * k_len` bools.
 _TILE = 256

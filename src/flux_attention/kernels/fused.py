@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux_attention.kernels.api import UnsupportedKernelError, _importable, _triton_interprets
+from flux_attention.kernels.dispatch import UnsupportedKernelError, importable, triton_interprets
 
 
 def _triton(x: Tensor, impl: str) -> bool:
@@ -28,7 +28,7 @@ def _triton(x: Tensor, impl: str) -> bool:
         raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
     if impl == "auto":
         return x.is_cuda
-    if impl == "triton" and not x.is_cuda and not (_importable("triton") and _triton_interprets()):
+    if impl == "triton" and not x.is_cuda and not (importable("triton") and triton_interprets()):
         raise UnsupportedKernelError(f"impl='triton' needs a CUDA device, got tensors on {x.device}; impl='torch' runs")
     return impl == "triton"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flux_attention.kernels.api import Packing
+from flux_attention.kernels.packing import Packing
 
 #: (sequence index, query positions [n, 1], key positions [1, m]) → bool mask that broadcasts to [Hq, n, m]
 Mask = Callable[[int, Tensor, Tensor], Tensor]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flux_attention.kernels import block_lists
-from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE
 from flux_attention.kernels.dense import _causal, needs_grad, sdpa
+from flux_attention.kernels.packing import Packing
 
 T = TypeVar("T")
 

@@ -10,15 +10,24 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flux_attention.config import FluxConfig
+from flux_attention.kernels.dispatch import importable
 from flux_attention.models.adapter import Adapter, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.delta import AppliedDelta
 from flux_attention.models.families import family_of, routable_layers
+from flux_attention.models.fuse import fuse as fuse_model
+from flux_attention.models.fuse import why_not
 from flux_attention.router import LayerRouter
+
+ATTENTION_NAME = "flux_attention"
 
 _logger = logging.getLogger(__name__)
 
@@ -72,9 +81,9 @@ def attach(
             ", ".join(sorted({name.rpartition("self_attn.")[2] for name in controller.delta.names})),
         )
     try:
-        controller._install(fuse)
+        _install(controller, fuse)
     except ValueError:
-        controller._remove()
+        _remove(controller)
         raise
     return controller
 
@@ -89,4 +98,78 @@ def attached(model: PreTrainedModel) -> FluxAttention:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`. Raises ValueError when the model is not attached."""
-    attached(model)._remove()
+    _remove(attached(model))
+
+
+def _install(controller: FluxAttention, fuse_layers: bool | None) -> None:
+    # Registering is idempotent and does nothing for models that do not name this implementation.
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
+    for index, layer in enumerate(controller.decoder.layers):
+        module = getattr(layer, controller.family.attention)
+        routable = controller.layers.index(index) if index in controller.layers else None
+        module._flux_attention = (controller, routable)
+        controller._modules.append(module)
+        if routable is not None:
+            hook = module.register_forward_pre_hook(controller.pooling.before_attention, with_kwargs=True)
+            controller._handles.append(hook)
+    controller._handles.append(
+        controller.decoder.register_forward_pre_hook(controller._before_decoder, with_kwargs=True)
+    )
+    controller._handles.append(controller.decoder.register_forward_hook(controller._after_decoder, always_call=True))
+    controller.decoder.config._attn_implementation = ATTENTION_NAME
+    controller.decoder._flux_config = controller.config
+    controller.model._flux_attention_controller = controller
+    able = controller.device.type == "cuda" and importable("triton")
+    if fuse_layers or (fuse_layers is None and able and why_not(controller) is None):
+        controller.fusion = fuse_model(controller)
+
+
+def _remove(controller: FluxAttention) -> None:
+    if controller.fusion is not None:
+        controller.fusion.remove()
+    for handle in controller._handles:
+        handle.remove()
+    for module in controller._modules:
+        del module._flux_attention
+    controller._handles, controller._modules = [], []
+    controller.decoder.config._attn_implementation = controller._implementation
+    del controller.decoder._flux_config
+    del controller.model._flux_attention_controller
+    if controller.delta is not None:
+        controller.delta.revert(controller.model)
+        controller.delta = None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls for an attached model."""
+    controller, layer = module._flux_attention  # type: ignore[misc]
+    if layer is None:
+        original = ALL_ATTENTION_FUNCTIONS[_sliding_implementation(controller._implementation)]
+        return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout:
+        raise ValueError(f"routed attention has no dropout, got {dropout}; the backbone is frozen: use model.eval()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return controller.attend(layer, query, key, value, scale), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Masks for the layers that are not routed; routable layers know their sequences from the step."""
+    # Only sliding layers ask with a local size; a global mask over a long prompt must never be materialised.
+    if kwargs.get("local_size") is None:
+        return None
+    kwargs.pop("config", None)
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+def _sliding_implementation(original: str) -> str:
+    return "sdpa" if original == "eager" else original

@@ -7,7 +7,6 @@ packing), the cache, and the route. Everything the attention function needs is i
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,25 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flux_attention.cache import FluxCache, PagePool, append_token
 from flux_attention.config import FluxConfig
-from flux_attention.kernels.api import Packing, _importable, paged_decode
-from flux_attention.kernels.fused import Norm, pool_queries
-from flux_attention.models.blend import hard_blend, members_of, soft_blend
+from flux_attention.kernels.api import paged_decode
 from flux_attention.models.delta import AppliedDelta
 from flux_attention.models.families import family_of, layer_types
-from flux_attention.models.fuse import Fusion, fuse, why_not
+from flux_attention.models.fuse import Fusion
 from flux_attention.models.layout import Layout
-from flux_attention.models.probe import ProbeGraphs
+from flux_attention.models.pooling import LayerPooling
+from flux_attention.models.prefill import LayerPrefill
+from flux_attention.models.probe import ProbeGraphs, pooled_ends
 from flux_attention.models.step import SoftRouting, Step, host_decisions
-from flux_attention.modes import Mode, PrefillInputs, make_mode
+from flux_attention.modes import Mode, make_mode
 from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
 from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_through_gate
-
-ATTENTION_NAME = "flux_attention"
 
 
 class FluxAttention:
@@ -75,50 +70,12 @@ class FluxAttention:
         self._prompt_tokens: Sequence[int] | None = None
         self._preset: Step | None = None
         self.fusion: Fusion | None = None
-        self._side: torch.cuda.Stream | None = None
+        self.pooling = LayerPooling(self)
         self._probes = ProbeGraphs(self)
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._implementation: str = model.config._attn_implementation or "sdpa"
         self._parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
-
-    # ------------------------------------------------------------------ attach and detach
-
-    def _install(self, fuse_layers: bool | None) -> None:
-        # Registering is idempotent and does nothing for models that do not name this implementation.
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
-        for index, layer in enumerate(self.decoder.layers):
-            module = getattr(layer, self.family.attention)
-            routable = self.layers.index(index) if index in self.layers else None
-            module._flux_attention = (self, routable)
-            self._modules.append(module)
-            if routable is not None:
-                hook = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-                self._handles.append(hook)
-        self._handles.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        self._handles.append(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
-        self.decoder.config._attn_implementation = ATTENTION_NAME
-        self.decoder._flux_config = self.config
-        self.model._flux_attention_controller = self
-        able = self.device.type == "cuda" and _importable("triton")
-        if fuse_layers or (fuse_layers is None and able and why_not(self) is None):
-            self.fusion = fuse(self)
-
-    def _remove(self) -> None:
-        if self.fusion is not None:
-            self.fusion.remove()
-        for handle in self._handles:
-            handle.remove()
-        for module in self._modules:
-            del module._flux_attention
-        self._handles, self._modules = [], []
-        self.decoder.config._attn_implementation = self._implementation
-        del self.decoder._flux_config
-        del self.model._flux_attention_controller
-        if self.delta is not None:
-            self.delta.revert(self.model)
-            self.delta = None
 
     # ------------------------------------------------------------------ what users call
 
@@ -208,50 +165,7 @@ class FluxAttention:
         The backbone runs densely on the first and last `pool_tokens` tokens of each prompt, placed side by side:
         the cost does not grow with the prompt, and the route is known before prefill starts.
         """
-        ends = [self.prompt_ends(p).to(self.device) for p in prompts]
-        ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
-        step = self.probe_step([e.numel() for e in ends], ids.shape[1])
-        if by_head:
-            assert self.config.backbone is not None
-            step.collect_heads = self.config.backbone.num_key_value_heads
-        found = self.run_probe(ids, step)
-        return found if by_head else found.sum(2)
-
-    def prompt_ends(self, prompt: Tensor) -> Tensor:
-        """First and last `pool_tokens` tokens of a prompt, side by side."""
-        pool = self.config.pool_tokens
-        return torch.cat((prompt[:pool], prompt[max(pool, prompt.numel() - pool) :]))
-
-    def probe_step(self, lengths: Sequence[int], columns: int, by_head: bool = False) -> Step:
-        """The step of a probe over rows of `lengths` tokens in `columns` columns."""
-        rows = len(lengths)
-        layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
-        step = Step(layout, None, Route.full(len(self.layers), rows), collect=True, prompt_ends=layout.ends)
-        # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
-        step.pool_plan = PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
-        # Rows this short gain nothing from other kernels, and these can be captured in a graph.
-        step.impl = "sdpa" if self.impl == "auto" else None
-        return step
-
-    def run_probe(self, ids: Tensor, step: Step) -> Tensor:
-        """Pooled queries of `ids [S, columns]` in parts to be added up, `[L, S, parts, D]`; device work only.
-
-        With `step.collect_heads` `[L, S, Hk, D]`, the heads' own.
-        """
-        step.pooled = [None] * len(self.layers)
-        outer, self._step = self._step, step
-        try:
-            self.decoder(input_ids=ids, use_cache=False)
-        except _ProbeDoneError:
-            pass
-        finally:
-            self._step = outer
-        if step.held:
-            # Only where this pass has used it: a graph being captured must not wait for work outside of it.
-            assert self._side is not None
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
-            step.held.clear()
-        return torch.stack([p for p in step.pooled if p is not None])
+        return pooled_ends(self, prompts, by_head)
 
     @contextmanager
     def stepping(self, cache: FluxCache, layout: Layout) -> Iterator[None]:
@@ -272,7 +186,7 @@ class FluxAttention:
         finally:
             self._preset = self._step = None
 
-    # ------------------------------------------------------------------ hooks
+    # ------------------------------------------------------------------ a pass of the decoder
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._preset is not None:
@@ -437,106 +351,6 @@ class FluxAttention:
         counts = self._prompt_counts(layout)
         return [flat[s : s + n] for s, n in zip(layout.flat_starts, counts, strict=True)]
 
-    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = self._step
-        if step is None or not (step.collect or step.inline):
-            return
-        assert step.pool_plan is not None
-        _, layer = module._flux_attention  # type: ignore[misc]
-        if not (step.soft or step.collect_heads) and self.fusion is not None and self.fusion.pools(layer):
-            return  # the layer calls `pool`
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if step.soft is not None and not step.collect:
-            self.layer_gate(step, layer, hidden, lambda tokens: self.family.queries(module, tokens))
-            return
-        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
-        tokens = step.pool_plan.gather(hidden.flatten(0, 1))
-        with self._beside(step, tokens):
-            queries = self.family.queries(module, tokens)
-            if step.collect_heads:
-                parts = queries.chunk(step.collect_heads, 2)
-                self._collect(step, layer, torch.stack([step.pool_plan.mean(part) for part in parts], 1))
-                return
-            pooled = step.pool_plan.mean(queries)
-            if step.collect:
-                self._collect(step, layer, pooled[:, None])
-                return
-            step.decisions[layer] = _to_host(self.router(pooled.detach(), layer))
-
-    @property
-    def probing(self) -> bool:
-        """Whether the current pass is a probe."""
-        return self._step is not None and self._step.collect
-
-    def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
-        """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`: for a probe, or to route inline.
-
-        An inline decision is made in line with the layer, by four short launches behind the queries. Beside the other
-        projections they would wait at each of them: a product's blocks hold the whole device until it is done. So the
-        decision has two projections and the rotary embedding to reach the host.
-        """
-        step = self._step
-        if step is None or step.soft or step.collect_heads or not (step.collect or step.inline):
-            return
-        plan, backbone = step.pool_plan, self.config.backbone
-        assert plan is not None and backbone is not None
-        if step.collect:
-            with self._beside(step, queries):
-                self._collect(step, layer, pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm))
-            return
-        parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
-        logits = self.router.from_parts(parts, layer)
-        # Only the copy runs beside, by the device's copy engine.
-        with self._beside(step, logits):
-            step.decisions[layer] = _to_host(logits)
-
-    def _collect(self, step: Step, layer: int, pooled: Tensor) -> None:
-        """Keep a layer's pooled queries. Raises `_ProbeDoneError` with the last one's: the rest of the pass is idle."""
-        step.pooled[layer] = pooled
-        if layer == len(self.layers) - 1:
-            raise _ProbeDoneError
-
-    def layer_gate(self, step: Step, layer: int, hidden: Tensor, queries: Callable[[Tensor], Tensor]) -> Tensor:
-        """A training step's gate z `[S]` of one layer, decided once however often the layer runs.
-
-        Args:
-            hidden: `[B, T, hidden]`, what `queries` turns into queries before RoPE.
-            queries: `[S, K, hidden]` → `[S, K, Hq, D]`.
-        """
-        if step.gates is not None:
-            return step.gates[layer]
-        if ("gate", layer) not in step.packings:
-            assert step.soft is not None and step.pool_plan is not None
-            with torch.no_grad():
-                if step.soft.exchange is not None:
-                    pooled = step.soft.exchange.pooled(hidden, step.pool_plan, queries)
-                else:
-                    pooled = step.pool_plan.mean(queries(step.pool_plan.gather(hidden.flatten(0, 1))))
-            logits = self.router(pooled, layer)
-            noise = None if step.soft._noise is None else step.soft._noise[layer]
-            step.pooled[layer] = pooled
-            step.decisions[layer] = (logits, None)
-            step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
-        gate: Tensor = step.packings[("gate", layer)]
-        return gate
-
-    @contextmanager
-    def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
-        """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own.
-
-        Its launches are many and small. In line they would leave the device idle between them; beside the projections
-        they take what those leave over, and the decision is on the host before the projections are done.
-        """
-        if not tokens.is_cuda:
-            yield
-            return
-        if self._side is None:
-            self._side = torch.cuda.Stream(tokens.device, priority=-1)
-        step.held.append(tokens)
-        self._side.wait_stream(torch.cuda.current_stream(tokens.device))
-        with torch.cuda.stream(self._side):
-            yield
-
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         step = self._step
         if step is None or step.collect or self._preset is not None:
@@ -562,24 +376,10 @@ class FluxAttention:
 
     # ------------------------------------------------------------------ attention
 
-    def _inline_route(self, step: Step, layer: int) -> None:
-        """Wait for this layer's decision and write it into the step's route."""
-        decision = step.decisions[layer]
-        assert decision is not None and step.route is not None
-        logits, event = decision
-        if event is not None:
-            event.synchronize()
-            step.held.clear()
-        if step.route.p_full is None:
-            step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
-            if step.cache is not None:
-                step.cache.set_route(step.route)
-        assert step.route.p_full is not None
-        # The device waits for these lines: plain numbers are quicker than a dozen operations on two of them.
-        for s, ((sparse, full), short) in enumerate(zip(logits.tolist(), step.keep_short_full, strict=True)):
-            if not short:
-                step.route.p_full[layer, s] = 0.5 + 0.5 * math.tanh(0.5 * (full - sparse))
-                step.route.use_full[layer, s] = full > sparse
+    @property
+    def probing(self) -> bool:
+        """Whether the current pass is a probe."""
+        return self._step is not None and self._step.collect
 
     @property
     def decodes(self) -> bool:
@@ -620,195 +420,17 @@ class FluxAttention:
 
             return self.decode(layer, append, scale)[:, None]
         if step.inline and step.soft is None:
-            self._inline_route(step, layer)
+            self.pooling.wait(step, layer)
         q, k, v = (x.reshape(batch * columns, -1, dim) for x in (q, k, v))
         if not step.layout.is_plain:
             if step.index is None:
                 step.index = step.layout.token_index(query.device)
             q, k, v = (x[step.index] for x in (q, k, v))
-        out = self._blend(step, layer, q, k, v, scale) if step.soft else self._routed(step, layer, q, k, v, scale)
+        prefill = LayerPrefill(step, layer, self.full_mode, self.sparse_mode, scale, step.impl or self.impl)
+        out = prefill.blended(q, k, v) if step.soft else prefill.routed(q, k, v)
         if not step.layout.is_plain:
             assert step.index is not None
             # Padding gets zeros: it must carry nothing into the layers above, NaN least of all.
             out = out.new_zeros(batch * columns, heads, dim).index_copy(0, step.index, out)
         out = out.view(batch, columns, heads, dim)
         return out if exchange is None else exchange.to_tokens(out)
-
-    def _blend(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """z·full + (1 − z)·sparse, the training form."""
-        layout = step.layout
-        ends = step.prompt_ends if len(step.prompt_ends) == len(layout.counts) else layout.ends
-
-        def side(mode: Mode, members: list[int]) -> Tensor:
-            lengths = tuple(layout.counts[s] for s in members)
-            # Kept for the pass: a packing holds its offsets on the device.
-            packing = step.packings.setdefault(("packing", *members), Packing(lengths, lengths))
-            some_q, some_k, some_v = (members_of(x, members, layout.counts) for x in (q, k, v))
-            some_ends = tuple(ends[s] for s in members)
-            return mode.prefill(PrefillInputs(some_q, some_k, some_v, packing, some_ends, scale, self.impl))
-
-        gate = step.packings.get(("gate", layer)) if step.gates is None else step.gates[layer]
-        # A recomputed layer takes its gate as an input of its own, to which the gradient belongs.
-        gate = step.packings.get(("input", layer), gate)
-        assert gate is not None
-        if step.gates is not None and step.use_full is None:
-            every = list(range(len(layout.counts)))
-            return soft_blend(side(self.full_mode, every), side(self.sparse_mode, every), gate, layout.counts)
-        if step.use_full is not None:
-            use_full = step.use_full[layer]
-        else:
-            if ("host", layer) not in step.packings:
-                step.packings["host", layer] = host_decisions(gate[None])[0]
-            use_full = step.packings["host", layer]
-        return hard_blend(side, self.full_mode, self.sparse_mode, gate, use_full, layout.counts)
-
-    def _routed(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Each sequence on its own side; sequences of one side share a launch."""
-        layout, cache = step.layout, step.cache
-        assert step.route is not None
-        ends = step.prompt_ends
-        if isinstance(step.route, HeadRoute):
-            return self._by_head(layout, step.route.heads[layer], ends, q, k, v, scale)
-        out = self._sides(layout, cache, layer, step.route.use_full[layer].tolist(), ends, q, k, v, scale)
-        if cache is not None:
-            start = 0
-            for s, n in enumerate(layout.counts):
-                cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
-                start += n
-        return out
-
-    def _by_head(
-        self, layout: Layout, heads: Tensor, ends: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> Tensor:
-        """KV heads become sequences of one head each, and then a head is routed as a sequence is; `heads [Hk, S]`."""
-        count, tokens = k.shape[1], q.shape[0]
-        # [N, Hk·G, D] → [Hk·N, G, D]
-        q, k, v = (x.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1) for x in (q, k, v))
-        counts = layout.counts * count
-        split = Layout.pack(range(len(counts)), counts, (0,) * len(counts))
-        out = self._sides(split, None, 0, heads.flatten().tolist(), ends * count, q, k, v, scale)
-        return out.unflatten(0, (count, tokens)).transpose(0, 1).flatten(1, 2)
-
-    def _sides(
-        self,
-        layout: Layout,
-        cache: FluxCache | None,
-        layer: int,
-        use_full: list[bool],
-        ends: tuple[int, ...],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-    ) -> Tensor:
-        sides = (
-            (self.full_mode, [s for s, f in enumerate(use_full) if f]),
-            (self.sparse_mode, [s for s, f in enumerate(use_full) if not f]),
-        )
-        assert self._step is not None
-        impl = self._step.impl or self.impl
-        out: Tensor | None = None
-        for mode, members in sides:
-            if not members:
-                continue
-            rows = _Rows(layout, members)
-            side_q, new_k, new_v = (rows.take(x) for x in (q, k, v))
-            side_k, side_v, packing = self._with_past(cache, layer, layout, members, new_k, new_v)
-            side_ends = tuple(ends[s] for s in members)
-            side = mode.prefill(PrefillInputs(side_q, side_k, side_v, packing, side_ends, scale, impl))
-            if len(members) == len(use_full):
-                out = side
-            else:
-                out = torch.empty_like(q) if out is None else out
-                rows.put(out, side)
-        assert out is not None
-        return out
-
-    def _with_past(
-        self, cache: FluxCache | None, layer: int, layout: Layout, members: list[int], k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Packing]:
-        """Put each sequence's cached keys before its new ones."""
-        counts = [layout.counts[s] for s in members]
-        if cache is None or not any(layout.past[s] for s in members):
-            return k, v, Packing(tuple(counts), tuple(counts))
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        k_lens, gaps, start = [], [], 0
-        for s, n in zip(members, counts, strict=True):
-            row = layout.slots[s]
-            old_k, old_v = cache.gather(layer, row)
-            keys += [old_k, k[start : start + n]]
-            values += [old_v, v[start : start + n]]
-            k_lens.append(old_k.shape[0] + n)
-            gaps.append(cache.gap(layer, row))
-            start += n
-        return torch.cat(keys), torch.cat(values), Packing(tuple(counts), tuple(k_lens), tuple(gaps))
-
-
-class _ProbeDoneError(Exception):
-    """Ends a probe once it has what it came for."""
-
-
-def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on its way to the host, and the event after which it is there."""
-    if not values.is_cuda:
-        return values, None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event
-
-
-class _Rows:
-    """Some of the packed sequences, as one packed tensor of their own."""
-
-    def __init__(self, layout: Layout, members: list[int]) -> None:
-        self._whole = len(members) == len(layout.counts)
-        offsets = [0]
-        for n in layout.counts:
-            offsets.append(offsets[-1] + n)
-        self._spans = [(offsets[s], offsets[s + 1]) for s in members]
-
-    def take(self, x: Tensor) -> Tensor:
-        return x if self._whole else torch.cat([x[a:b] for a, b in self._spans])
-
-    def put(self, out: Tensor, part: Tensor) -> None:
-        start = 0
-        for a, b in self._spans:
-            out[a:b] = part[start : start + b - a]
-            start += b - a
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls for an attached model."""
-    controller, layer = module._flux_attention  # type: ignore[misc]
-    if layer is None:
-        original = ALL_ATTENTION_FUNCTIONS[_sliding_implementation(controller._implementation)]
-        return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if dropout:
-        raise ValueError(f"routed attention has no dropout, got {dropout}; the backbone is frozen: use model.eval()")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return controller.attend(layer, query, key, value, scale), None
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Masks for the layers that are not routed; routable layers know their sequences from the step."""
-    # Only sliding layers ask with a local size; a global mask over a long prompt must never be materialised.
-    if kwargs.get("local_size") is None:
-        return None
-    kwargs.pop("config", None)
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
-
-
-def _sliding_implementation(original: str) -> str:
-    return "sdpa" if original == "eager" else original

@@ -85,7 +85,7 @@ class Fusion:
         self._changed = []
 
     def pools(self, index: int) -> bool:
-        """Whether layer `index` has its queries pooled itself (`FluxAttention.pool`) in this pass."""
+        """Whether layer `index` has its queries pooled itself (`LayerPooling.pool`) in this pass."""
         return not torch.is_grad_enabled() and not self.layers[index].hooked
 
     def tune(self) -> None:
@@ -211,7 +211,7 @@ class _Layer:
         fork = self._fork(hidden_states)
         q = module.q_proj(hidden_states).flatten(0, 1)
         # Ends a probe at its last layer, so nothing may have been put on another stream yet.
-        self.controller.pool(self.index, q, self.q_norm)
+        self.controller.pooling.pool(self.index, q, self.q_norm)
         k, v = (
             x.flatten(0, 1) for x in fork(partial(module.k_proj, hidden_states), partial(module.v_proj, hidden_states))
         )

@@ -1,7 +1,8 @@
-"""Probes as CUDA graph replays: hundreds of small launches, one call.
+"""Probes: a dense pass over the two ends of prompts, which gives every layer's pooled query.
 
-A prompt of at least `2 * pool_tokens` tokens always gives the same shapes, whatever its length, so the pass over its
-two ends and all layers' routers are captured once for each number of prompts.
+On CUDA they are graph replays: hundreds of small launches, one call. A prompt of at least `2 * pool_tokens` tokens
+always gives the same shapes, whatever its length, so the pass over its two ends and all layers' routers are captured
+once for each number of prompts.
 """
 
 from __future__ import annotations
@@ -12,16 +13,70 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from flux_attention.models.layout import Layout
+from flux_attention.models.pooling import ProbeDoneError
+from flux_attention.models.step import Step
+from flux_attention.route import Route
+from flux_attention.router import PoolPlan
 
 if TYPE_CHECKING:
     from flux_attention.models.controller import FluxAttention
-    from flux_attention.models.step import Step
 
 #: Graphs kept, and prompts that one may hold: each graph keeps the memory of its pass.
 _KEPT, _MOST = 4, 8
 #: Rotary embeddings whose frequencies do not depend on the positions of a pass: others look at them on the host.
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+def pooled_ends(controller: FluxAttention, prompts: Sequence[Tensor], by_head: bool = False) -> Tensor:
+    """Every layer's pooled query `[L, S, D]` of prompts `[n]`, or `[L, S, Hk, D]`; see `FluxAttention.probe`."""
+    ends = [_ends(controller, p).to(controller.device) for p in prompts]
+    ids = nn.utils.rnn.pad_sequence(ends, batch_first=True)
+    step = _step(controller, [e.numel() for e in ends], ids.shape[1])
+    if by_head:
+        assert controller.config.backbone is not None
+        step.collect_heads = controller.config.backbone.num_key_value_heads
+    found = _run(controller, ids, step)
+    return found if by_head else found.sum(2)
+
+
+def _ends(controller: FluxAttention, prompt: Tensor) -> Tensor:
+    """First and last `pool_tokens` tokens of a prompt, side by side."""
+    pool = controller.config.pool_tokens
+    return torch.cat((prompt[:pool], prompt[max(pool, prompt.numel() - pool) :]))
+
+
+def _step(controller: FluxAttention, lengths: Sequence[int], columns: int) -> Step:
+    """The step of a probe over rows of `lengths` tokens in `columns` columns."""
+    rows = len(lengths)
+    layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
+    step = Step(layout, None, Route.full(len(controller.layers), rows), collect=True, prompt_ends=layout.ends)
+    # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
+    step.pool_plan = PoolPlan.build(
+        layout.flat_starts, lengths, controller.config.pool_tokens, device=controller.device
+    )
+    # Rows this short gain nothing from other kernels, and these can be captured in a graph.
+    step.impl = "sdpa" if controller.impl == "auto" else None
+    return step
+
+
+def _run(controller: FluxAttention, ids: Tensor, step: Step) -> Tensor:
+    """Pooled queries of `ids [S, columns]` in parts to be added up, `[L, S, parts, D]`; device work only.
+
+    With `step.collect_heads` `[L, S, Hk, D]`, the heads' own.
+    """
+    step.pooled = [None] * len(controller.layers)
+    outer, controller._step = controller._step, step
+    try:
+        controller.decoder(input_ids=ids, use_cache=False)
+    except ProbeDoneError:
+        pass
+    finally:
+        controller._step = outer
+    controller.pooling.join(step)
+    return torch.stack([p for p in step.pooled if p is not None])
 
 
 class ProbeGraphs:
@@ -44,7 +99,7 @@ class ProbeGraphs:
             if len(self._graphs) > _KEPT:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        return self._graphs[key](torch.stack([controller.prompt_ends(p) for p in prompts]))
+        return self._graphs[key](torch.stack([_ends(controller, p) for p in prompts]))
 
     def _can_capture(self) -> bool:
         controller = self._controller
@@ -59,10 +114,10 @@ class ProbeGraphs:
     def _capture(self, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
         controller = self._controller
         ids = torch.zeros(rows, columns, dtype=torch.long, device=controller.device)
-        step = controller.probe_step([columns] * rows, columns)
+        step = _step(controller, [columns] * rows, columns)
 
         def run() -> Tensor:
-            return controller.router.from_parts(controller.run_probe(ids, step)).softmax(-1)[..., 1]
+            return controller.router.from_parts(_run(controller, ids, step)).softmax(-1)[..., 1]
 
         stream = torch.cuda.Stream(controller.device)
         stream.wait_stream(torch.cuda.current_stream(controller.device))

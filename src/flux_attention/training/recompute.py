@@ -96,7 +96,7 @@ def _forward(
         attention = getattr(module, controller.family.attention)
         norm = getattr(module, controller.family.input_norm)
         # Only the pooled tokens go through the norm here; a norm sees one token at a time.
-        gate = controller.layer_gate(
+        gate = controller.pooling.gate(
             step, index, hidden_states, lambda tokens: controller.family.queries(attention, norm(tokens))
         )
 

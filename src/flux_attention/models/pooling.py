@@ -1,0 +1,168 @@
+"""Pooled queries of a pass, layer by layer: a probe collects them, an inline router and training gates decide on them.
+
+A fused layer hands over the queries that it has just made. In other layers they are made anew from the hidden states of
+the pooled tokens, at most `2 * pool_tokens` a prompt. Either way a decision is on its way to the host while the layer's
+other projections run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flux_attention.kernels.fused import Norm, pool_queries
+from flux_attention.models.step import Step
+from flux_attention.route import Route
+from flux_attention.router import straight_through_gate
+
+if TYPE_CHECKING:
+    from flux_attention.models.controller import FluxAttention
+
+
+class ProbeDoneError(Exception):
+    """Ends a probe once it has what it came for."""
+
+
+class LayerPooling:
+    """What one controller's layers pool and decide during a pass."""
+
+    def __init__(self, controller: FluxAttention) -> None:
+        self._controller = controller
+        self._side: torch.cuda.Stream | None = None
+
+    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of a routable attention module: pool what its queries will be, before it begins."""
+        controller = self._controller
+        step = controller._step
+        if step is None or not (step.collect or step.inline):
+            return
+        assert step.pool_plan is not None
+        _, layer = module._flux_attention  # type: ignore[misc]
+        if not (step.soft or step.collect_heads) and controller.fusion is not None and controller.fusion.pools(layer):
+            return  # the layer calls `pool`
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if step.soft is not None and not step.collect:
+            self.gate(step, layer, hidden, lambda tokens: controller.family.queries(module, tokens))
+            return
+        # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
+        tokens = step.pool_plan.gather(hidden.flatten(0, 1))
+        with self._beside(step, tokens):
+            queries = controller.family.queries(module, tokens)
+            if step.collect_heads:
+                parts = queries.chunk(step.collect_heads, 2)
+                self._collect(step, layer, torch.stack([step.pool_plan.mean(part) for part in parts], 1))
+                return
+            pooled = step.pool_plan.mean(queries)
+            if step.collect:
+                self._collect(step, layer, pooled[:, None])
+                return
+            step.decisions[layer] = _to_host(controller.router(pooled.detach(), layer))
+
+    def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
+        """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`: for a probe, or to route inline.
+
+        An inline decision is made in line with the layer, by four short launches behind the queries. Beside the other
+        projections they would wait at each of them: a product's blocks hold the whole device until it is done. So the
+        decision has two projections and the rotary embedding to reach the host.
+        """
+        controller = self._controller
+        step = controller._step
+        if step is None or step.soft or step.collect_heads or not (step.collect or step.inline):
+            return
+        plan, backbone = step.pool_plan, controller.config.backbone
+        assert plan is not None and backbone is not None
+        if step.collect:
+            with self._beside(step, queries):
+                self._collect(step, layer, pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm))
+            return
+        parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
+        logits = controller.router.from_parts(parts, layer)
+        # Only the copy runs beside, by the device's copy engine.
+        with self._beside(step, logits):
+            step.decisions[layer] = _to_host(logits)
+
+    def _collect(self, step: Step, layer: int, pooled: Tensor) -> None:
+        """Keep a layer's pooled queries. Raises `ProbeDoneError` with the last one's: the rest of the pass is idle."""
+        step.pooled[layer] = pooled
+        if layer == len(self._controller.layers) - 1:
+            raise ProbeDoneError
+
+    def gate(self, step: Step, layer: int, hidden: Tensor, queries: Callable[[Tensor], Tensor]) -> Tensor:
+        """A training step's gate z `[S]` of one layer, decided once however often the layer runs.
+
+        Args:
+            hidden: `[B, T, hidden]`, what `queries` turns into queries before RoPE.
+            queries: `[S, K, hidden]` → `[S, K, Hq, D]`.
+        """
+        if step.gates is not None:
+            return step.gates[layer]
+        if ("gate", layer) not in step.packings:
+            assert step.soft is not None and step.pool_plan is not None
+            with torch.no_grad():
+                if step.soft.exchange is not None:
+                    pooled = step.soft.exchange.pooled(hidden, step.pool_plan, queries)
+                else:
+                    pooled = step.pool_plan.mean(queries(step.pool_plan.gather(hidden.flatten(0, 1))))
+            logits = self._controller.router(pooled, layer)
+            noise = None if step.soft._noise is None else step.soft._noise[layer]
+            step.pooled[layer] = pooled
+            step.decisions[layer] = (logits, None)
+            step.packings[("gate", layer)] = straight_through_gate(logits, step.soft.temperature, noise)
+        gate: Tensor = step.packings[("gate", layer)]
+        return gate
+
+    @contextmanager
+    def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
+        """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own."""
+        if not tokens.is_cuda:
+            yield
+            return
+        if self._side is None:
+            self._side = torch.cuda.Stream(tokens.device, priority=-1)
+        step.held.append(tokens)
+        self._side.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def wait(self, step: Step, layer: int) -> None:
+        """Wait for this layer's decision and write it into the step's route."""
+        decision = step.decisions[layer]
+        assert decision is not None and step.route is not None
+        logits, event = decision
+        if event is not None:
+            event.synchronize()
+            step.held.clear()
+        if step.route.p_full is None:
+            step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
+            if step.cache is not None:
+                step.cache.set_route(step.route)
+        assert step.route.p_full is not None
+        # The device waits for these lines: plain numbers are quicker than a dozen operations on two of them.
+        for s, ((sparse, full), short) in enumerate(zip(logits.tolist(), step.keep_short_full, strict=True)):
+            if not short:
+                step.route.p_full[layer, s] = 0.5 + 0.5 * math.tanh(0.5 * (full - sparse))
+                step.route.use_full[layer, s] = full > sparse
+
+    def join(self, step: Step) -> None:
+        """Have the device wait for what runs beside, so that the pooled queries can be read."""
+        if step.held:
+            # Only where this pass has used it: a graph being captured must not wait for work outside of it.
+            assert self._side is not None
+            torch.cuda.current_stream(self._controller.device).wait_stream(self._side)
+            step.held.clear()
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on its way to the host, and the event after which it is there."""
+    if not values.is_cuda:
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
