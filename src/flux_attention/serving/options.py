@@ -166,6 +166,10 @@ def _check_engine(vllm_config: Any, deployment: Deployment) -> None:
         f"--block-size {block}: it must divide the adapter's block of {block_tokens} tokens": block_tokens % block,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0 in the environment": (
+            vllm_config.use_v2_model_runner
+        ),
+        "LoRA: the probe would run without a request's own weights": vllm_config.lora_config is not None,
         "speculative decoding": vllm_config.speculative_config is not None,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
         "prompt embeddings (routes are made from token ids)": vllm_config.model_config.enable_prompt_embeds,
