@@ -90,7 +90,6 @@ warnings.simplefilter("ignore")
 interpreter.repair()
 from flux_attention.serving.compact_triton import compact_decode
 from flux_attention.serving.tables import Pattern, VirtualBatch
-from tests.unit.tiny_backbone import make_tokenizer
 rng, bad = np.random.default_rng(0), []
 for case in range(12):
     size = (32, 16)[case % 2]
