@@ -1,9 +1,9 @@
 """vLLM's own streaming attention, in Triton's interpreter: `python -m tests.serving.rswa RECORD`.
 
-Its R-SWA mask ("reference sliding window": a prefix that stays visible, and a window) knows nothing of blocks: a query at
-t sees k < prefix and k > t − its window. With a window of `window + t mod tile + 1` that is the definition of streaming
-attention for queries that share an offset within their tile, so queries are asked about offset by offset, over a plain
-cache that holds every key. Nothing of the plugin takes part.
+Its R-SWA mask ("reference sliding window": a prefix that stays visible, and a window) knows nothing of blocks: a query
+at t sees k < prefix and k > t − its window. With a window of `window + t mod tile + 1` that is the definition of
+streaming attention for queries that share an offset within their tile. So queries are asked about offset by offset,
+over a plain cache that holds every key; nothing of the plugin takes part.
 
 A process of its own: Triton reads its switch when it is first imported, and the engine's process has vLLM without it.
 """
