@@ -22,35 +22,41 @@ OFFSETS = (0, 13, 31)
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """(layer, request) → lists of queries, keys, values and outputs, of every step that runs while it is in use."""
+def watch(monkeypatch):
+    """`watch(llm)`: (layer, request) → lists of queries, keys, values and outputs, an entry for each step to come."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     from flux_attention.serving.attention import RoutedImpl, RoutedMetadata
+    from flux_attention.serving.probe import ProbeMetadata
 
-    found = defaultdict(lambda: defaultdict(list))
-    forward = RoutedImpl.forward
+    def start(llm):
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        found = defaultdict(lambda: defaultdict(list))
+        forward = RoutedImpl.forward
 
-    def watched(self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs):
-        result = forward(self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs)
-        if isinstance(metadata, RoutedMetadata):
-            starts = metadata.common.query_start_loc_cpu.tolist()
-            names = metadata.builder.flux._runner.input_batch.req_ids
-            for row, name in enumerate(names):
-                part = found[extract_layer_index(layer.layer_name), name]
-                tokens = slice(starts[row], starts[row + 1])
-                heads = {"queries": query, "keys": key, "values": value, "output": output}
-                for kind, tensor in heads.items():
-                    part[kind].append(tensor[tokens].view(-1, tensor.shape[-2], tensor.shape[-1]).clone())
-        return result
+        def watched(self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs):
+            result = forward(self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs)
+            if metadata is not None and not isinstance(metadata, ProbeMetadata):
+                plain = metadata.plain if isinstance(metadata, RoutedMetadata) else metadata
+                starts = plain.query_start_loc.tolist()
+                for row, name in enumerate(runner.input_batch.req_ids):
+                    part = found[extract_layer_index(layer.layer_name), name]
+                    tokens = slice(starts[row], starts[row + 1])
+                    heads = {"queries": query, "keys": key, "values": value, "output": output}
+                    for kind, tensor in heads.items():
+                        part[kind].append(tensor[tokens].view(-1, tensor.shape[-2], tensor.shape[-1]).clone())
+            return result
 
-    monkeypatch.setattr(RoutedImpl, "forward", watched)
-    return found
+        monkeypatch.setattr(RoutedImpl, "forward", watched)
+        return found
+
+    return start
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, in its interpreter")
-def test_layers_agree_with_the_engines_own_streaming_attention(start, tiny, seen, tmp_path):
+def test_layers_agree_with_the_engines_own_streaming_attention(start, tiny, watch, tmp_path):
     llm = start(tiny, max_num_batched_tokens=96, max_model_len=512)
+    seen = watch(llm)
     asks = [
         Ask(tuple(random_ids(length, length)), (("flux_policy", policy),), tokens)
         for length, policy, tokens in ((230, "static:0,2", 70), (170, "static:1,2", 20))

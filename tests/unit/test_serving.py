@@ -120,6 +120,17 @@ print(json.dumps(bad))
     assert json.loads(done.stdout) == []
 
 
+def test_short_rows_drop_nothing():
+    pattern = Pattern.of(CONFIG, 32)
+    ends = np.arange(1, 700, dtype=np.int32)
+    keys = np.arange(700)
+    for end, drops in zip(ends, pattern.drops(ends), strict=True):
+        t = end - 1
+        seen = (keys <= t) & ((keys < CONFIG.sink_tokens) | (keys >= t // 32 * 32 - CONFIG.window_tokens))
+        assert drops == (seen.sum() < end)
+    assert 0 < pattern.drops(ends).sum() < len(ends)
+
+
 # ---------------------------------------------------------------------------------------------------- options
 
 
