@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -34,6 +35,9 @@ from torch import Tensor
 LENGTHS = (660, 300, 641, 700, 5, 769, 897, 656, 640, 33, 650, 800, 1025, 150, 64, 1281)
 Q75 = tuple(layer for layer in range(36) if layer % 4 != 3)
 SPARSE75 = "static:" + ",".join(map(str, Q75))
+# Neither has a part in these models, and both may be installed in halves.
+GPU_ENVIRONMENT = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+UNCOMPILED = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 BUNDLES = [*[list(Q75[i::3]) for i in range(3)], [layer for layer in range(36) if layer % 4 == 3]]
 
 
@@ -243,13 +247,15 @@ class Speed:
             "gpu_memory_utilization": settings["memory"],
             "enable_prefix_caching": False,
             "seed": 0,
-            **engine_arguments(str(adapter), on_cpu=on_cpu, asynchronous=not on_cpu, flux={"kv_bundle": BUNDLES}),
         }
-        graphs: dict[str, Any] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
-        if not settings["compile"]:
-            # Compiling takes a minute of the device and helps both ways alike; decode runs in full graphs all the same.
-            graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        ahead = not on_cpu and not settings["synchronous"]
+        arguments |= engine_arguments(str(adapter), on_cpu=on_cpu, asynchronous=ahead, flux={"kv_bundle": BUNDLES})
+        if not on_cpu:
+            arguments["async_scheduling"] = ahead
+        # Compiling takes a minute of the device and helps both ways alike; decode runs in full graphs all the same.
+        graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]} | ({} if settings["compile"] else UNCOMPILED)
         say("starting the engine")
+        skip_foreign_warm_up()
         self.llm = LLM(str(model), compilation_config=graphs, **arguments)
         state = scheduler(self.llm)
         groups = len(state.kv_cache_config.kv_cache_groups)
@@ -374,6 +380,19 @@ class Speed:
         say("done")
 
 
+def skip_foreign_warm_up() -> None:
+    """Have vLLM start without what it warms up on GPUs.
+
+    All of it is kernels of other models. It imports packages that a text model needs nowhere else (torchvision), and
+    compiles for minutes where CUTLASS is installed.
+    """
+    if not torch.cuda.is_available():
+        return
+    from vllm.v1.worker import gpu_worker
+
+    gpu_worker.kernel_warmup = lambda worker: None
+
+
 _BEGAN = time.perf_counter()
 
 
@@ -390,12 +409,15 @@ def gpu_check(folder: Path) -> dict[str, float]:
         config=replace(harness.TINY_CONFIG, sink_tokens=128, window_tokens=128, block_tokens=128),
     )
     ids = random_ids(4000)
+    skip_foreign_warm_up()
     with Engines() as engines:
         llm = engines.start(
             reference,
-            on_cpu=False,
+            on_cpu=not torch.cuda.is_available(),
             dtype="bfloat16",
             enforce_eager=False,
+            compilation_config=UNCOMPILED | {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+            max_num_seqs=16,
             max_num_batched_tokens=256,
             max_model_len=1024,
         )
@@ -445,7 +467,7 @@ def gpu(options: argparse.Namespace) -> int:
         command = [sys.executable, __file__, *sys.argv[1:], "--child", section, "--seconds", str(left)]
         try:
             # Beyond its own clock: it may hang where it does not look at it.
-            code = subprocess.run(command, check=False, timeout=left + 5).returncode
+            code = subprocess.run(command, check=False, timeout=left + 5, env=os.environ | GPU_ENVIRONMENT).returncode
         except subprocess.TimeoutExpired:
             code = 1
             print(f"  FAILED {section}: stopped after {left:.0f} s; what it had found is on the disk", flush=True)
@@ -456,7 +478,7 @@ def gpu(options: argparse.Namespace) -> int:
 def gpu_child(options: argparse.Namespace, version: str) -> int:
     """One section of `gpu`."""
     until = time.perf_counter() + options.seconds
-    names = ("short", "long", "chunk", "memory", "compile", "tokens", "most")
+    names = ("short", "long", "chunk", "memory", "compile", "synchronous", "tokens", "most")
     settings = {"vllm": version, "shape": json.loads(options.shape)} | {name: getattr(options, name) for name in names}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     program = {"speed": "serving-gpu", "check": "serving-gpu-check"}[options.child]
@@ -480,6 +502,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill step")
     parser.add_argument("--memory", type=float, default=0.92, help="share of the device that the engine takes")
     parser.add_argument("--compile", action="store_true", help="compile the model, as vLLM does by itself")
+    parser.add_argument("--synchronous", action="store_true", help="without scheduling a step ahead")
     parser.add_argument("--shape", default="{}", help="other shapes of the model, as JSON: a rehearsal")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--commit", help="where the checkout cannot be asked")

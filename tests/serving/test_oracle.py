@@ -83,7 +83,7 @@ def test_layers_agree_with_the_engines_own_streaming_attention(start, tiny, watc
         "scale": parts[0]["queries"].shape[-1] ** -0.5,
     }
     torch.save(record, tmp_path / "record")
-    paths = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
+    paths = os.pathsep.join((*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT / "src"), str(ROOT)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.serving.rswa", str(tmp_path / "record"), str(tmp_path / "differences")],
         env=os.environ | {"PYTHONPATH": paths},
