@@ -16,6 +16,9 @@ from flux_attention.models.families import routable_layers
 from flux_attention.route import Dial, Policy, PolicyContext, Static, parse_policy
 
 CONFIG_KEY = "flux"
+# Where the scheduler puts a request's route for the workers: with the request's own parameters, which vLLM sends along.
+# A tuple of use_full per routable layer; () = the layers decide while they prefill.
+ROUTE_KEY = "flux_route"
 # vLLM names these after transformers' model types; the plugin reads queries before RoPE from `self_attn.rotary_emb`.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -139,8 +142,7 @@ class Deployment:
         if family not in FAMILIES:
             raise ValueError(f"model family {family!r} is not served; {', '.join(FAMILIES)} are")
         layers = routable_layers(model.hf_text_config)
-        found = describe_backbone(model.hf_config, layers)
-        check_backbone(config, found)
+        check_backbone(config, describe_backbone(model.hf_config, layers))
         if (config.retrieval_mode, config.sparse_mode) != ("full", "streaming"):
             raise ValueError(
                 f"the adapter routes between {config.retrieval_mode} and {config.sparse_mode}; vLLM serves full and "
@@ -239,11 +241,6 @@ class RequestOptions:
         if inline and not dial.is_open:
             raise ValueError("a sparsity dial ranks all layers before prefill; this engine routes inline")
         return cls(policy, dial, bool(report))
-
-
-# Where the scheduler puts a request's route for the workers: with the request's own parameters, which vLLM sends along.
-# A tuple of use_full per routable layer; () = the layers decide while they prefill.
-ROUTE_KEY = "flux_route"
 
 
 def check_request(vllm_config: Any, params: Any) -> None:
