@@ -1,17 +1,19 @@
 """The vLLM plugin, measured on real engines: exactness, blocks, the scheduler's time; on a GPU, latency and throughput.
 
-    python benchmarks/serving.py            SmolLM2 and a tiny model on the processor
-    python benchmarks/serving.py --gpu      shapes of Qwen3-8B with random weights, against the stock engine
+    python benchmarks/serving.py                       SmolLM2 and a tiny model on the processor
+    python benchmarks/serving.py --gpu --seconds 240   shapes of Qwen3-8B with random weights
 
-Speed on the GPU is measured by one process per engine, so that each starts with an empty device; both are asked for
-the same prompts and tokens. Three quarters of the layers run sparse, whole KV groups of them: what is fixed here is
-the route, so that the figures are about the engine.
+Speed is that of one engine, which answers the same prompts routed and forced dense, request by request. Three quarters
+of the layers run sparse, whole KV groups of them: what is fixed here is the route, so that the figures are about the
+engine. The figures that matter most come first, and each is on the disk as soon as it is known: a run that is cut off
+keeps what it has. `--shape` and `--long` make a rehearsal of it that a processor can run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -21,10 +23,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from common import Recorder, run_sections
+from common import Recorder, label, run_sections
 from tests.serving import harness
 from tests.serving.harness import Ask, Engines, differences, free_blocks, generate, mixed_asks, random_ids, scheduler
 from torch import Tensor
@@ -32,8 +34,10 @@ from torch import Tensor
 # Around sinks + window (640), over block boundaries, several chunks of 512 tokens.
 LENGTHS = (660, 300, 641, 700, 5, 769, 897, 656, 640, 33, 650, 800, 1025, 150, 64, 1281)
 Q75 = tuple(layer for layer in range(36) if layer % 4 != 3)
-RESULT = "result: "
 SPARSE75 = "static:" + ",".join(map(str, Q75))
+# Neither has a part in these models, and both may be installed in halves.
+GPU_ENVIRONMENT = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+UNCOMPILED = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 BUNDLES = [*[list(Q75[i::3]) for i in range(3)], [layer for layer in range(36) if layer % 4 == 3]]
 
 
@@ -203,75 +207,197 @@ def big_model(folder: Path, context: int, **shape: int) -> tuple[Path, Path]:
     return backbone, adapter
 
 
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """One engine in this process: seconds to first token, per token and in all, per length and concurrency."""
-    from vllm import LLM
-    from vllm.platforms import current_platform
+class Speed:
+    """One engine, and what it answers in which time.
 
-    from flux_attention.serving.launch import engine_arguments
+    Args:
+        settings: see `main`.
+        recorder: gets every figure when it is known.
+        until: when to stop, on the clock of `time.perf_counter`.
+    """
 
-    on_cpu = current_platform.is_cpu()
-    flux = settings["engine"] == "flux"
-    arguments: dict[str, Any] = {
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "max_model_len": settings["context"],
-        "max_num_seqs": 64,
-        "max_num_batched_tokens": settings["chunk"],
-        "block_size": 128,
-        "gpu_memory_utilization": settings.get("memory", 0.92),
-        "enable_prefix_caching": False,
-        "disable_cascade_attn": True,
-        "seed": 0,
+    WAYS: ClassVar[dict[str, dict[str, Any]]] = {
+        "dense": {"flux_policy": "dense"},
+        "sparse75": {"flux_policy": SPARSE75},
+        "router": {},
+        "probed75": {"flux_min_sparsity": 0.75, "flux_max_sparsity": 0.75},
     }
-    if flux:
-        plugin = {"kv_bundle": BUNDLES}
-        arguments |= engine_arguments(settings["adapter"], on_cpu=on_cpu, asynchronous=not on_cpu, flux=plugin)
-    llm = LLM(settings["model"], **arguments)
-    rng = random.Random(0)
-    found: dict[str, Any] = {}
-    policies = ["sparse75", "dense"] if flux else ["dense"]
-    for policy in policies:
-        options = (("flux_policy", SPARSE75 if policy == "sparse75" else "dense"),) if flux else ()
-        # Kernels are compiled and chosen when they first run: chunks, and decode after them.
-        _load(llm, [Ask(tuple(rng.choices(range(1000, 150_000), k=2 * settings["chunk"])), options, 16)])
-        for length, concurrency, tokens in settings["loads"]:
-            if policy == "dense" and flux and length > 4096:
-                continue  # the stock engine's is the baseline
-            asks = [
-                Ask(tuple(rng.choices(range(1000, 150_000), k=length)), options, tokens) for _ in range(concurrency)
-            ]
-            found[f"{policy}_{length}_{concurrency}"] = _load(llm, asks)
-            print(
-                settings["engine"], policy, length, concurrency, found[f"{policy}_{length}_{concurrency}"], flush=True
-            )
-    prompt = rng.choices(range(1000, 150_000), k=3000)
-    found["scheduler"] = _scheduler_seconds(llm, prompt, SPARSE75, requests=settings.get("running", 64))
-    found["blocks"] = scheduler(llm).kv_cache_manager.block_pool.num_gpu_blocks
-    return found
+
+    def __init__(self, settings: dict[str, Any], recorder: Recorder, until: float) -> None:
+        self.recorder, self.until = recorder, until
+        self.short, self.long = settings["short"], settings["long"]
+        self._started, self._loads, self._rng = time.perf_counter(), 0, random.Random(0)
+        self._folder = tempfile.TemporaryDirectory()
+        context = self.long + 2048
+        model, adapter = big_model(Path(self._folder.name), context, **settings["shape"])
+        say("importing vLLM")
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        from flux_attention.serving.launch import engine_arguments
+
+        on_cpu = current_platform.is_cpu()
+        arguments: dict[str, Any] = {
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "max_model_len": context,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": settings["chunk"],
+            "block_size": 128,
+            "gpu_memory_utilization": settings["memory"],
+            "enable_prefix_caching": False,
+            "seed": 0,
+        }
+        ahead = not on_cpu and not settings["synchronous"]
+        arguments |= engine_arguments(str(adapter), on_cpu=on_cpu, asynchronous=ahead, flux={"kv_bundle": BUNDLES})
+        if not on_cpu:
+            arguments["async_scheduling"] = ahead
+        # Compiling takes a minute of the device and helps both ways alike; decode runs in full graphs all the same.
+        graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]} | ({} if settings["compile"] else UNCOMPILED)
+        say("starting the engine")
+        skip_foreign_warm_up()
+        self.llm = LLM(str(model), compilation_config=graphs, **arguments)
+        state = scheduler(self.llm)
+        groups = len(state.kv_cache_config.kv_cache_groups)
+        self.pool = state.kv_cache_manager.block_pool.num_gpu_blocks * 128 // groups
+        recorder.note("engine_start_s", round(time.perf_counter() - self._started, 1))
+        recorder.note("kv_pool_dense_tokens", self.pool)
+
+    def load(self, way: str, length: int, concurrency: int, tokens: int) -> dict[str, float]:
+        """`concurrency` requests at once: median seconds to the first token, ms per token after it, and the whole."""
+        from vllm import SamplingParams
+
+        self._loads += 1
+        prompts = [self._rng.choices(range(1000, self._vocabulary), k=length) for _ in range(concurrency)]
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=dict(self.WAYS[way]))
+        engine, first, last = self.llm.llm_engine, {}, {}
+        started = time.perf_counter()
+        for i, prompt in enumerate(prompts):
+            engine.add_request(f"{self._loads}-{i}", {"prompt_token_ids": prompt}, params.clone())
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                now = time.perf_counter() - started
+                if output.outputs[0].token_ids:
+                    first.setdefault(output.request_id, now)
+                last[output.request_id] = now
+            if time.perf_counter() > self.until:
+                raise TimeoutError(f"no time left in the middle of {way}, {concurrency} × {length} tokens")
+        whole = time.perf_counter() - started
+        found = {
+            "ttft_s": statistics.median(first.values()),
+            "tpot_ms": statistics.median((last[name] - first[name]) / max(1, tokens - 1) for name in first) * 1e3,
+            "seconds": whole,
+            "tokens_per_s": concurrency * (length + tokens) / whole,
+        }
+        say(f"{way:<9} {concurrency:>2} × {length} tokens: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        return found
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.perf_counter()
+
+    @property
+    def _vocabulary(self) -> int:
+        size: int = self.llm.llm_engine.model_config.get_vocab_size()
+        return size
+
+    def warm_up(self) -> None:
+        """Kernels are compiled, loaded or chosen when they first run: two chunks, and decode after them."""
+        for way in ("dense", "sparse75", "probed75"):
+            self.load(way, self.short + self.recorder.settings["chunk"], 1, 8)
+
+    def overhead(self, rounds: int = 7, tokens: int = 64) -> None:
+        """Prompts that are too short for any key to be dropped: what routing costs where it cannot gain.
+
+        `router` is a request without options, which at this length runs dense, unprobed; `sparse75` is made to run
+        sparse layers all the same. The figure is the worse of the two.
+        """
+        ratios: dict[str, list[float]] = {"router": [], "sparse75": []}
+        for turn in range(rounds):
+            ways = ("dense", *ratios) if turn % 2 else (*ratios, "dense")
+            seconds = {way: self.load(way, self.short, 1, tokens)["seconds"] for way in ways}
+            for way, found in ratios.items():
+                found.append(seconds[way] / seconds["dense"])
+        size = label(self.short)
+        for way, found in ratios.items():
+            self.recorder.add(f"vllm_overhead_{size}_{way}", statistics.median(found), "ratio", found)
+        worst = max(ratios, key=lambda way: statistics.median(ratios[way]))
+        self.recorder.add(f"vllm_overhead_{size}", statistics.median(ratios[worst]), "ratio", ratios[worst])
+
+    def probe(self, rounds: int = 3) -> None:
+        """Milliseconds that a probe adds to the time to first token, at twice the short length."""
+        extra = []
+        for _ in range(rounds):
+            static, probed = (self.load(way, 2 * self.short, 1, 2)["ttft_s"] for way in ("sparse75", "probed75"))
+            extra.append((probed - static) * 1e3)
+        self.recorder.add("vllm_probe_ms", statistics.median(extra), "ms", extra)
+
+    def latency(self, length: int, tokens: int = 32) -> dict[str, dict[str, float]]:
+        """One request alone, each way."""
+        found = {way: self.load(way, length, 1, tokens) for way in ("sparse75", "dense")}
+        dense, sparse = found["dense"], found["sparse75"]
+        size = label(length)
+        self.recorder.note(f"latency_{size}", found)
+        self.recorder.add(f"vllm_ttft_{size}_q75", dense["ttft_s"] / sparse["ttft_s"], "×")
+        self.recorder.add(f"vllm_tpot_{size}_q75", dense["tpot_ms"] / sparse["tpot_ms"], "×")
+        return found
+
+    def throughput(self, length: int, concurrency: int, tokens: int) -> None:
+        """Tokens a second, in and out, of requests that arrive together, with the whole KV pool for either way."""
+        found: dict[str, dict[str, float]] = {}
+        for way in ("sparse75", "dense"):
+            found[way] = self.load(way, length, concurrency, tokens)
+            self.recorder.note(f"throughput_{label(length)}_c{concurrency}", found)
+        ratio = found["sparse75"]["tokens_per_s"] / found["dense"]["tokens_per_s"]
+        self.recorder.add(f"vllm_throughput_{label(length)}_c{concurrency}", ratio, "×")
+        self.recorder.add(f"vllm_throughput_{label(length)}_q75", ratio, "×")
+
+    def affordable(self, seconds: dict[str, dict[str, float]], tokens: int, most: int) -> int:
+        """The largest number of concurrent requests that the time left is enough for, both ways; below 2, none is."""
+        prefill = sum(found["ttft_s"] for found in seconds.values())
+        # Decode of rows that share a step is a little slower than of one; dense rows take turns where few fit.
+        decode = 3 * tokens * sum(found["tpot_ms"] for found in seconds.values()) / 1e3
+        fits = [n for n in (16, 8, 4, 3, 2) if n <= most and 1.1 * (n * prefill + decode) < self.left]
+        return max(fits, default=0)
+
+    def run(self, tokens: int, most: int) -> None:
+        """Everything, the wanted figures first; stops where the next load would not fit into the time left."""
+        self.warm_up()
+        self.overhead()
+        alone = self.latency(self.long)
+        if count := self.affordable(alone, tokens, most):
+            self.throughput(self.long, count, tokens)
+        else:
+            say(f"no time for a throughput at {self.long} tokens: {self.left:.0f} s left")
+        self.probe()
+        middle = self.long // 4
+        quarter = {way: {**found, "ttft_s": found["ttft_s"] / 3} for way, found in alone.items()}
+        if self.affordable(quarter, 32, 2):
+            alone = self.latency(middle)
+            if count := self.affordable(alone, tokens, most):
+                self.throughput(middle, count, tokens)
+        say("done")
 
 
-def _load(llm: Any, asks: Sequence[Ask]) -> dict[str, float]:
-    """All at once; median time to first token and per token, and tokens a second of the whole."""
-    engine, started = llm.llm_engine, time.perf_counter()
-    for i, ask in enumerate(asks):
-        engine.add_request(f"{started}-{i}", {"prompt_token_ids": list(ask.prompt)}, ask.parameters())
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            now = time.perf_counter() - started
-            if output.outputs[0].token_ids:
-                first.setdefault(output.request_id, now)
-            last[output.request_id] = now
-    per_token = [(last[name] - first[name]) / max(1, asks[0].tokens - 1) for name in first]
-    whole = time.perf_counter() - started
-    return {
-        "ttft_s": statistics.median(first.values()),
-        "tpot_ms": statistics.median(per_token) * 1e3,
-        "seconds": whole,
-        "tokens_per_s": sum(len(ask.prompt) + ask.tokens for ask in asks) / whole,
-    }
+def skip_foreign_warm_up() -> None:
+    """Have vLLM start without what it warms up on GPUs.
+
+    All of it is kernels of other models. It imports packages that a text model needs nowhere else (torchvision), and
+    compiles for minutes where CUTLASS is installed.
+    """
+    if not torch.cuda.is_available():
+        return
+    from vllm.v1.worker import gpu_worker
+
+    gpu_worker.kernel_warmup = lambda worker: None
+
+
+_BEGAN = time.perf_counter()
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - _BEGAN:6.1f} s] {text}", flush=True)
 
 
 def gpu_check(folder: Path) -> dict[str, float]:
@@ -283,12 +409,15 @@ def gpu_check(folder: Path) -> dict[str, float]:
         config=replace(harness.TINY_CONFIG, sink_tokens=128, window_tokens=128, block_tokens=128),
     )
     ids = random_ids(4000)
+    skip_foreign_warm_up()
     with Engines() as engines:
         llm = engines.start(
             reference,
-            on_cpu=False,
+            on_cpu=not torch.cuda.is_available(),
             dtype="bfloat16",
             enforce_eager=False,
+            compilation_config=UNCOMPILED | {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+            max_num_seqs=16,
             max_num_batched_tokens=256,
             max_model_len=1024,
         )
@@ -315,87 +444,84 @@ def gpu_check(folder: Path) -> dict[str, float]:
     return errors
 
 
-def gpu(recorder: Recorder, loads: list[tuple[int, int, int]], chunk: int) -> None:
-    """Routed against stock, each in a process of its own."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        recorder.note("check", _child({"engine": "check", "folder": name}))
-        context = max(length for length, _, _ in loads) + 2048
-        model, adapter = big_model(folder, context)
-        for engine in ("stock", "flux"):
-            settings = {"engine": engine, "model": str(model), "adapter": str(adapter), "context": context}
-            found[engine] = _child({**settings, "loads": loads, "chunk": chunk})
-            recorder.note(engine, found[engine])
-    stock, flux = found["stock"], found["flux"]
-    for length, concurrency, _ in loads:
-        dense = stock[f"dense_{length}_{concurrency}"]
-        if length <= 4096:
-            ours = flux[f"dense_{length}_{concurrency}"]
-            recorder.add(f"vllm_overhead_{length // 1024}k_c{concurrency}", ours["seconds"] / dense["seconds"], "ratio")
+def check(recorder: Recorder) -> None:
+    """`gpu_check`, into a file of its own: speed without it says little."""
+    with tempfile.TemporaryDirectory() as folder:
+        errors = gpu_check(Path(folder))
+    for name, value in errors.items():
+        recorder.add(f"vllm_gpu_check_{name}", value, "nat")
+
+
+def gpu(options: argparse.Namespace) -> int:
+    """The sections, each in a process of its own, so that each starts with an empty device and can be stopped."""
+    failures, until = 0, time.perf_counter() + options.seconds
+    for section, least in (("speed", 60), ("check", 45)):
+        if section not in options.sections.split(","):
             continue
-        ours, size = flux[f"sparse75_{length}_{concurrency}"], length // 1024
-        recorder.add(f"vllm_ttft_{size}k_c{concurrency}", dense["ttft_s"] / ours["ttft_s"], "×")
-        recorder.add(f"vllm_tpot_{size}k_c{concurrency}", dense["tpot_ms"] / ours["tpot_ms"], "×")
-        recorder.add(f"vllm_throughput_{size}k_c{concurrency}", ours["tokens_per_s"] / dense["tokens_per_s"], "×")
-    names = recorder.figures
-    for figure, unit, source in (
-        ("vllm_ttft_128k_q75", "×", "vllm_ttft_128k_c1"),
-        (
-            "vllm_throughput_128k_q75",
-            "×",
-            f"vllm_throughput_128k_c{max((c for n, c, _ in loads if n == 131072), default=0)}",
-        ),
-        ("vllm_overhead_2k", "ratio", "vllm_overhead_2k_c1"),
-    ):
-        if source in names:
-            recorder.add(figure, names[source].value, unit)
-    extra = flux["scheduler"][0] - stock["scheduler"][0]
-    recorder.add("vllm_scheduler_share", max(0.0, extra) / flux["scheduler"][1], "share")
+        left = until - time.perf_counter()
+        if left < least:
+            print(f"{section}\n  FAILED {section}: {left:.0f} s left, {least} are needed", flush=True)
+            failures += 1
+            continue
+        print(f"{section}, {left:.0f} s", flush=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", section, "--seconds", str(left)]
+        try:
+            # Beyond its own clock: it may hang where it does not look at it.
+            code = subprocess.run(command, check=False, timeout=left + 5, env=os.environ | GPU_ENVIRONMENT).returncode
+        except subprocess.TimeoutExpired:
+            code = 1
+            print(f"  FAILED {section}: stopped after {left:.0f} s; what it had found is on the disk", flush=True)
+        failures += bool(code)
+    return failures
 
 
-def _child(settings: dict[str, Any]) -> Any:
-    """Run one engine in a process of its own; its result is the line that says so."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=False
-    )
-    print(done.stdout[-6000:], flush=True)
-    if done.returncode:
-        raise RuntimeError(f"the {settings['engine']} engine failed with code {done.returncode}")
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    return json.loads(line.removeprefix(RESULT))
+def gpu_child(options: argparse.Namespace, version: str) -> int:
+    """One section of `gpu`."""
+    until = time.perf_counter() + options.seconds
+    names = ("short", "long", "chunk", "memory", "compile", "synchronous", "tokens", "most")
+    settings = {"vllm": version, "shape": json.loads(options.shape)} | {name: getattr(options, name) for name in names}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    program = {"speed": "serving-gpu", "check": "serving-gpu-check"}[options.child]
+    recorder = Recorder(program, device, settings, options.out, options.commit)
+
+    def speed(recorder: Recorder) -> None:
+        Speed(settings, recorder, until).run(options.tokens, options.most)
+
+    return run_sections([(options.child, {"speed": speed, "check": check}[options.child])], recorder)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="speed of an 8B model on the GPU")
-    parser.add_argument("--sections", default="exactness,leaks,scheduler", help="on the processor")
-    parser.add_argument("--loads", default="2048x1,32768x1,32768x4,131072x1,131072x8", help="LENGTHxCONCURRENCY, …")
-    parser.add_argument("--tokens", type=int, default=128, help="to generate per request")
+    parser.add_argument("--sections", help="default: exactness,leaks,scheduler; with --gpu: speed,check")
+    parser.add_argument("--seconds", type=float, default=600, help="with --gpu: time for everything")
+    parser.add_argument("--short", type=int, default=2048, help="tokens of a prompt that routing cannot help")
+    parser.add_argument("--long", type=int, default=131072, help="tokens of a long prompt")
+    parser.add_argument("--tokens", type=int, default=256, help="to generate per request, for throughput")
+    parser.add_argument("--most", type=int, default=16, help="most concurrent requests, for throughput")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill step")
+    parser.add_argument("--memory", type=float, default=0.92, help="share of the device that the engine takes")
+    parser.add_argument("--compile", action="store_true", help="compile the model, as vLLM does by itself")
+    parser.add_argument("--synchronous", action="store_true", help="without scheduling a step ahead")
+    parser.add_argument("--shape", default="{}", help="other shapes of the model, as JSON: a rehearsal")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--commit", help="where the checkout cannot be asked")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("speed", "check"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        settings = json.loads(options.child)
-        result = gpu_check(Path(settings["folder"])) if settings["engine"] == "check" else measure(settings)
-        print(RESULT + json.dumps(result), flush=True)
-        return 0
+    if options.gpu and options.sections is None:
+        options.sections = "speed,check"
+    if options.gpu and not options.child:
+        return gpu(options)
     from flux_attention.serving.compat import check_version
 
-    settings: dict[str, Any] = {"vllm": check_version()}
-    if options.gpu:
-        loads = [(*map(int, load.split("x")), options.tokens) for load in options.loads.split(",")]
-        device = torch.device("cuda")
-        settings |= {"loads": options.loads, "tokens": options.tokens, "chunk": options.chunk}
-        recorder = Recorder("serving-gpu", device, settings, options.out, options.commit)
-        return run_sections([("gpu", lambda recorder: gpu(recorder, loads, options.chunk))], recorder)
+    version = check_version()
+    if options.child:
+        return gpu_child(options, version)
     sections = {"exactness": exactness, "leaks": leaks, "scheduler": scheduler_share}
     failures, device = 0, torch.device("cpu")
-    for name in options.sections.split(","):
+    for name in (options.sections or ",".join(sections)).split(","):
         # A file each: one of them is measured again without the others.
-        recorder = Recorder(f"serving-{name}", device, settings, options.out, options.commit)
+        recorder = Recorder(f"serving-{name}", device, {"vllm": version}, options.out, options.commit)
         failures += run_sections([(name, sections[name])], recorder)
     return failures
 

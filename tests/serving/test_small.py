@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from flux_attention.models.adapter import save_adapter
+from flux_attention.models.attach import attach, detach
+from flux_attention.models.delta import DeltaError
 from tests.serving import harness
 from tests.serving.harness import TOLERANCE, Ask, differences, free_blocks, generate, mixed_asks, random_ids, scheduler
 
@@ -147,3 +150,35 @@ def test_compiled_model(start, tiny):
 def test_an_adapter_of_another_model_is_refused(start, tiny):
     with pytest.raises(ValueError, match="num_hidden_layers 30 ≠ 4"):
         start(replace(tiny, adapter="smollm2-135m-instruct"))
+
+
+def test_an_adapter_that_replaces_weights(start, tmp_path):
+    """The engine runs on the adapter's q, k and v, dense requests too, as an attached model does."""
+    reference = harness.tiny("llama", tmp_path)
+    controller = reference.controller
+    model = controller.model
+    names = [f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (0, 2, 3) for part in "qkv"]
+    delta = {name: model.get_parameter(name).detach() * 1.3 for name in names}
+    save_adapter(reference.adapter, controller.config, controller.router.state_dict(), delta)
+    detach(model)
+    asks = mixed_asks(reference, random_ids(4000), LENGTHS, tokens=8)
+    attached = harness.Reference(reference.folder, reference.adapter, attach(model, reference.adapter))
+    llm = start(attached, max_num_batched_tokens=128, max_model_len=1024)
+    outputs = generate(llm, asks)
+    assert max(differences(attached, asks, outputs)) < TOLERANCE
+    tokens = list(outputs[1].outputs[0].token_ids)
+    ours = attached.logprobs(asks[1].prompt, tokens, ())
+    attached.controller.delta.revert(model)
+    # What the weights matter: else the comparison could not fail.
+    theirs = harness.Reference("", "", attached.controller).logprobs(asks[1].prompt, tokens, ())
+    assert float((ours - theirs).abs().max()) > 20 * TOLERANCE
+    with pytest.raises(DeltaError, match="load-format"):
+        start(attached, load_format="dummy")
+
+
+def test_the_second_model_runner_is_refused(start, tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    # It needs Triton, which processors lack: vLLM would refuse it here before the plugin is asked.
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        start(tiny)

@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from flux_attention.config import FluxConfig
+from flux_attention.models.delta import BackboneDelta, DeltaError
 from flux_attention.route import Dial, Static
 from flux_attention.serving.bundles import by_rank, plan
 from flux_attention.serving.compat import UnsupportedVLLMError, check_version
 from flux_attention.serving.launch import command_line, engine_arguments
 from flux_attention.serving.options import Deployment, EngineOptions, RequestOptions, check_request, probe_ends
 from flux_attention.serving.tables import Pattern, VirtualBatch
+from flux_attention.serving.weights import loading_with, replaced
 from tests.unit.tiny_backbone import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +90,6 @@ warnings.simplefilter("ignore")
 interpreter.repair()
 from flux_attention.serving.compact_triton import compact_decode
 from flux_attention.serving.tables import Pattern, VirtualBatch
-from tests.unit.tiny_backbone import make_tokenizer
 rng, bad = np.random.default_rng(0), []
 for case in range(12):
     size = (32, 16)[case % 2]
@@ -117,6 +118,17 @@ print(json.dumps(bad))
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == []
+
+
+def test_short_rows_drop_nothing():
+    pattern = Pattern.of(CONFIG, 32)
+    ends = np.arange(1, 700, dtype=np.int32)
+    keys = np.arange(700)
+    for end, drops in zip(ends, pattern.drops(ends), strict=True):
+        t = end - 1
+        seen = (keys <= t) & ((keys < CONFIG.sink_tokens) | (keys >= t // 32 * 32 - CONFIG.window_tokens))
+        assert drops == (seen.sum() < end)
+    assert 0 < pattern.drops(ends).sum() < len(ends)
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -149,6 +161,8 @@ def engine(flux, **changes):
         "enable_prompt_embeds": False,
         "speculative_config": None,
         "kv_transfer_config": None,
+        "lora_config": None,
+        "use_v2_model_runner": False,
     }
     assert set(changes) <= set(default)
     values = SimpleNamespace(**{**default, **changes})
@@ -165,6 +179,8 @@ def engine(flux, **changes):
         scheduler_config=values,
         speculative_config=values.speculative_config,
         kv_transfer_config=values.kv_transfer_config,
+        lora_config=values.lora_config,
+        use_v2_model_runner=values.use_v2_model_runner,
     )
 
 
@@ -199,6 +215,8 @@ def test_a_deployment_knows_its_layers():
         (ADAPTER, {"decode_context_parallel_size": 2}, "decode context parallelism"),
         (ADAPTER, {"speculative_config": object()}, "speculative decoding"),
         (ADAPTER, {"kv_transfer_config": object()}, "KV transfer"),
+        (ADAPTER, {"lora_config": object()}, "LoRA"),
+        (ADAPTER, {"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         (ADAPTER, {"disable_hybrid_kv_cache_manager": True}, "hybrid-kv-cache-manager"),
         ({**ADAPTER, "router_input": "inline"}, {"enable_chunked_prefill": True}, "excludes chunked prefill"),
         ({**ADAPTER, "router_input": "inline"}, {"enable_prefix_caching": True}, "excludes prefix caching"),
@@ -247,6 +265,52 @@ def test_a_dial_needs_a_probe():
 def test_the_probe_reads_both_ends():
     assert probe_ends(range(1000), 3) == [0, 1, 2, 997, 998, 999]
     assert probe_ends(range(4), 3) == [0, 1, 2, 3]  # what the ends share is read once, as on the transformers path
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+class Loaded:
+    """A model as vLLM's loaders see it."""
+
+    def load_weights(self, weights):
+        self.weights = dict(weights)
+        return set(self.weights)
+
+
+def test_replaced_weights_stand_in_the_checkpoints_place(tmp_path):
+    delta = BackboneDelta.write(tmp_path, {"b": torch.full((2, 3), 5.0)})
+    stream = [("a", torch.ones(2)), ("b", torch.ones(2, 3, dtype=torch.bfloat16)), ("c", torch.ones(1))]
+    model, plain = Loaded(), Loaded.load_weights
+    with loading_with(delta, Loaded):
+        assert model.load_weights(iter(stream)) == {"a", "b", "c"}
+    assert Loaded.load_weights is plain
+    assert torch.equal(model.weights["b"], torch.full((2, 3), 5.0, dtype=torch.bfloat16))
+    assert model.weights["b"].dtype == torch.bfloat16 and model.weights["a"] is stream[0][1]
+    with loading_with(None, Loaded):
+        model.load_weights(iter(stream))
+    assert model.weights["b"] is stream[1][1]
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        ([("a", torch.ones(2))], "has no weight 'b'"),
+        ([("b", torch.ones(3, 2))], r"is \[2, 3\], the checkpoint's is \[3, 2\]"),
+        ([("b", torch.ones(2, 3).to(torch.float8_e4m3fn))], "unquantised"),
+        ([("b", torch.ones(2, 3, dtype=torch.int8))], "unquantised"),
+    ],
+)
+def test_replaced_weights_that_do_not_fit_are_refused(tmp_path, stream, message):
+    delta = BackboneDelta.write(tmp_path, {"b": torch.full((2, 3), 5.0)})
+    with pytest.raises(DeltaError, match=message):
+        list(replaced(stream, delta))
+
+
+def test_replaced_weights_are_never_left_out(tmp_path):
+    delta = BackboneDelta.write(tmp_path, {"b": torch.full((2, 3), 5.0)})
+    with pytest.raises(DeltaError, match="load-format"), loading_with(delta, Loaded):
+        pass  # dummy weights: nothing is loaded by name
 
 
 # ---------------------------------------------------------------------------------------------------- starting

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 
 from flux_attention.serving.kv import RoutedSpec
 from flux_attention.serving.probe import ProbeMetadata
-from flux_attention.serving.tables import VirtualBatch
+from flux_attention.serving.tables import Ints, Pattern, VirtualBatch
 
 if TYPE_CHECKING:
     _Mixed = Any
@@ -30,12 +32,14 @@ class RoutedMetadata:
         builder: that made it.
         plain: vLLM's metadata of the batch as it is.
         common: what that was made from.
+        dropping: bool `[rows]`, rows long enough for a sparse layer to see less than a full one.
         plans: metadata of a layer, by the rows that run sparse in it.
     """
 
     builder: RoutedBuilder
     plain: Any
     common: Any
+    dropping: NDArray[np.bool_]
     plans: dict[bytes, Any] = field(default_factory=dict)
 
 
@@ -53,23 +57,28 @@ class RoutedBuilder(_Mixed):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         # Rows of different routes have no prefix that one pass could serve for all (cascade attention).
         plain = super().build(0, common_attn_metadata, fast_build)
-        if self.flux.is_dense(common_attn_metadata.num_reqs):
+        rows = common_attn_metadata.num_reqs
+        dropping = self._pattern.drops(_ends(common_attn_metadata))
+        if self.flux.is_dense(rows) or not dropping.any():
             return plain
-        return RoutedMetadata(self, plain, common_attn_metadata)
+        return RoutedMetadata(self, plain, common_attn_metadata, dropping)
 
     def of_layer(self, routed: RoutedMetadata, layer: int) -> Any:
         """vLLM's metadata for a decoder layer."""
-        sparse = ~self.flux.use_full(routed.common.num_reqs)[:, self.flux.layers[layer]]
+        sparse = ~self.flux.use_full(routed.common.num_reqs)[:, self.flux.layers[layer]] & routed.dropping
         key = sparse.tobytes()
         if key not in routed.plans:
             routed.plans[key] = self._compact(routed.common, sparse) if sparse.any() else routed.plain
         return routed.plans[key]
 
-    def _compact(self, common: Any, sparse: Any) -> Any:
+    @property
+    def _pattern(self) -> Pattern:
         assert isinstance(self.kv_cache_spec, RoutedSpec)
-        pattern, rows = self.kv_cache_spec.pattern, common.num_reqs
-        query_starts = common.query_start_loc_cpu[: rows + 1].numpy()
-        ends = common.seq_lens_cpu_upper_bound[:rows].numpy()
+        return self.kv_cache_spec.pattern
+
+    def _compact(self, common: Any, sparse: Any) -> Any:
+        pattern, rows = self._pattern, common.num_reqs
+        query_starts, ends = common.query_start_loc_cpu[: rows + 1].numpy(), _ends(common)
         batch = VirtualBatch.of(ends - (query_starts[1:] - query_starts[:-1]), ends, sparse, pattern)
         tensors = batch.tensors(common.block_table_tensor, pattern)
         virtual = replace(
@@ -83,6 +92,12 @@ class RoutedBuilder(_Mixed):
             max_seq_len=int(batch.lengths.max()),
         )
         return super().build(0, virtual, True)
+
+
+def _ends(common: Any) -> Ints:
+    """Keys of each row, its queries included; exact, as nothing is speculated."""
+    ends: Ints = common.seq_lens_cpu_upper_bound[: common.num_reqs].numpy()
+    return ends
 
 
 class RoutedImpl(_Mixed):

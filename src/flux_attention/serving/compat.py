@@ -1,7 +1,8 @@
-"""What depends on the version of vLLM: the supported range, and the one hook that is no plugin point.
+"""What depends on the version of vLLM: the supported range, and the hook into the validation of requests.
 
-Everything else goes through what vLLM offers to plugins (entry point, custom scheduler, worker, attention backend and
-KV-cache spec); those differ little between versions and are used where they are needed.
+That hook and the one into the loading of weights (`weights`) are no plugin points. Everything else goes through what
+vLLM offers to plugins (entry point, custom scheduler, worker, attention backend and KV-cache spec); those differ little
+between versions and are used where they are needed.
 """
 
 from __future__ import annotations

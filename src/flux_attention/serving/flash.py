@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -41,10 +42,11 @@ class RoutedFlashBuilder(RoutedBuilder, FlashAttentionMetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         if self.flux is None or common_attn_metadata.max_query_len > 1:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        self.flux.upload(common_attn_metadata.num_reqs)
+        rows = common_attn_metadata.num_reqs
+        self.flux.upload(rows)
         # Even where all rows are dense: a graph that is captured now is replayed for other batches.
         plain = FlashAttentionMetadataBuilder.build(self, 0, common_attn_metadata, fast_build)
-        return RoutedMetadata(self, plain, common_attn_metadata)
+        return RoutedMetadata(self, plain, common_attn_metadata, np.ones(rows, bool))
 
     def of_layer(self, routed: RoutedMetadata, layer: int) -> Any:
         if routed.common.max_query_len > 1:

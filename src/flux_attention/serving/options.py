@@ -16,6 +16,9 @@ from flux_attention.models.families import routable_layers
 from flux_attention.route import Dial, Policy, PolicyContext, Static, parse_policy
 
 CONFIG_KEY = "flux"
+# Where the scheduler puts a request's route for the workers: with the request's own parameters, which vLLM sends along.
+# A tuple of use_full per routable layer; () = the layers decide while they prefill.
+ROUTE_KEY = "flux_route"
 # vLLM names these after transformers' model types; the plugin reads queries before RoPE from `self_attn.rotary_emb`.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -139,8 +142,7 @@ class Deployment:
         if family not in FAMILIES:
             raise ValueError(f"model family {family!r} is not served; {', '.join(FAMILIES)} are")
         layers = routable_layers(model.hf_text_config)
-        found = describe_backbone(model.hf_config, layers)
-        check_backbone(config, found)
+        check_backbone(config, describe_backbone(model.hf_config, layers))
         if (config.retrieval_mode, config.sparse_mode) != ("full", "streaming"):
             raise ValueError(
                 f"the adapter routes between {config.retrieval_mode} and {config.sparse_mode}; vLLM serves full and "
@@ -166,6 +168,10 @@ def _check_engine(vllm_config: Any, deployment: Deployment) -> None:
         f"--block-size {block}: it must divide the adapter's block of {block_tokens} tokens": block_tokens % block,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0 in the environment": (
+            vllm_config.use_v2_model_runner
+        ),
+        "LoRA: the probe would run without a request's own weights": vllm_config.lora_config is not None,
         "speculative decoding": vllm_config.speculative_config is not None,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
         "prompt embeddings (routes are made from token ids)": vllm_config.model_config.enable_prompt_embeds,
@@ -235,11 +241,6 @@ class RequestOptions:
         if inline and not dial.is_open:
             raise ValueError("a sparsity dial ranks all layers before prefill; this engine routes inline")
         return cls(policy, dial, bool(report))
-
-
-# Where the scheduler puts a request's route for the workers: with the request's own parameters, which vLLM sends along.
-# A tuple of use_full per routable layer; () = the layers decide while they prefill.
-ROUTE_KEY = "flux_route"
 
 
 def check_request(vllm_config: Any, params: Any) -> None:

@@ -40,6 +40,11 @@ class Pattern:
         start = position // self.tile * self.tile - self.window
         return self.sink // self.block_size, max(self.sink, start) // self.block_size
 
+    def drops(self, ends: Ints) -> NDArray[np.bool_]:
+        """bool `[R]`: whether the query behind a row's last key sees less of `ends[row]` keys than all of them."""
+        dropped: NDArray[np.bool_] = (ends - 1) // self.tile * self.tile - self.window > self.sink
+        return dropped
+
 
 @dataclass(frozen=True)
 class VirtualBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -17,6 +18,7 @@ from flux_attention.serving.kv import RoutedSpec
 from flux_attention.serving.options import Deployment
 from flux_attention.serving.probe import Probe
 from flux_attention.serving.scheduler import PROBES, SCORES
+from flux_attention.serving.weights import loading_with
 
 if TYPE_CHECKING:
     _Mixed = Any
@@ -30,12 +32,12 @@ class RoutedWorker(_Mixed):
     def init_device(self) -> None:
         check_version()
         self.flux = Deployment.of(self.vllm_config)
-        if self.use_v2_model_runner:
-            raise ValueError("the plugin works with vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+        model_class, _ = get_model_architecture(self.vllm_config.model_config)
+        with loading_with(self.flux.adapter.delta, model_class):
+            super().load_model(*args, **kwargs)
         self._probe = Probe(self.model_runner.get_model(), self.vllm_config, self.flux, self.device)
         self._scores: dict[str, list[float]] = {}
         self._inline: InlineRouting | None = None
