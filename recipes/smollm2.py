@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
-from flux_attention.data import RETRIEVAL, TASK_CLASSES, TASKS, Sample
+from flux_attention.data import HOLISTIC, RETRIEVAL, TASK_CLASSES, TASKS, Sample
 from flux_attention.data.sample_set import Job, prepared_jobs, spread_jobs
 from flux_attention.evaluation.results import environment, write_json
 from flux_attention.models.adapter import save_adapter
@@ -105,8 +105,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--race", type=int, default=24, help="routes of the first group that race on its samples at the end; 0 = none")
     add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
     add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
-    add("--softness", type=float, default=1.0, help="of the targets around the budget, in ranks")
-    add("--fit-steps", type=int, default=500)
+    add("--softness", type=float, default=0.2, help="of the targets around the budget, in ranks")
+    add("--retrieval-weight", type=float, default=3.0, help="what a retrieval prompt counts, another one counts 1")
+    add("--fit-steps", type=int, default=800)
     add("--fit-batch", type=int, default=256)
     add("--fit-lr", type=float, default=1e-3)
     add("--init", choices=("costs", "full"), default="costs", help="initial bias: the mean ranking, or full")
@@ -318,6 +319,7 @@ def train(
                 steps=options.fit_steps,
                 batch_size=options.fit_batch,
                 accumulation=1,
+                class_weights={RETRIEVAL: options.retrieval_weight, HOLISTIC: 1.0},
                 router_lr=options.fit_lr,
                 warmup_share=0.1,
                 weight_decay=0.1,

@@ -127,6 +127,15 @@ def test_damage_objective_is_binary_cross_entropy_of_p_full():
     expected = torch.nn.functional.binary_cross_entropy(p_full, target)
     torch.testing.assert_close(found["loss"], expected)
     torch.testing.assert_close(found["sparsity"], (p_full <= 0.5).float().mean(1))
+    # Class 0 three times, class 1 once: as if its rows were there three times.
+    weighted = DamageObjective(router, class_weights={"retrieval": 3.0, "holistic": 1.0}).eval()
+    classes, rows = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 0, 1, 2, 3, 3, 3, 4])
+    found = weighted(pooled, target, classes)
+    torch.testing.assert_close(
+        found["loss"], torch.nn.functional.binary_cross_entropy(p_full[rows], target[rows]), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="class_weights must give each of retrieval, holistic"):
+        TrainConfig(class_weights={"retrieval": 2.0})
 
 
 def test_noise_and_dropout_act_on_whitened_features_in_training_only():

@@ -201,19 +201,31 @@ class DamageObjective(nn.Module):
 
     Args:
         router: trained in place.
+        class_weights: class → what its prompts count in the loss; None = all alike.
         input_noise: deviation of Gaussian noise on the whitened features.
         input_dropout: share of the whitened features replaced by their mean, per layer.
 
     The two keep a router of a few thousand prompts from hanging on single features.
     """
 
-    def __init__(self, router: LayerRouter, *, input_noise: float = 0.2, input_dropout: float = 0.1) -> None:
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        router: LayerRouter,
+        *,
+        class_weights: Mapping[str, float] | None = None,
+        input_noise: float = 0.2,
+        input_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         if input_noise < 0 or not 0 <= input_dropout < 1:
             raise ValueError(
                 f"input_noise must be ≥ 0 and input_dropout in [0, 1), got {input_noise!r} and {input_dropout!r}"
             )
         self.router = router
+        weights = torch.tensor([1.0 if class_weights is None else class_weights[name] for name in TASK_CLASSES])
+        self.register_buffer("class_weights", weights.to(router.biases[-1].device), persistent=False)
         self.input_noise, self.input_dropout = input_noise, input_dropout
         self.generator: torch.Generator | None = None
 
@@ -236,7 +248,9 @@ class DamageObjective(nn.Module):
         logits = self.router(features)
         # Of two logits, the probability of the second is the sigmoid of their difference.
         margin = (logits[..., 1] - logits[..., 0]).T
-        task = F.binary_cross_entropy_with_logits(margin, target)
+        weight = self.class_weights[class_index]
+        each = F.binary_cross_entropy_with_logits(margin, target, reduction="none").mean(1)
+        task = (weight * each).sum() / weight.sum()
         return {
             "loss": task,
             "task_loss": task.detach(),

@@ -50,6 +50,8 @@ class TrainConfig:
         warmup_share: share of the steps with rising learning rates; the router's then falls as a cosine.
         temperature_start, temperature_end, temperature_share: τ, and the share of the steps it falls over.
         gumbel_noise: sample the gates; False takes noise-free straight-through gates.
+        class_weights: what a prompt of each class counts in the loss (damage). A retrieval prompt that runs too sparse
+            loses its answer, a holistic one that runs too dense a little speed.
         input_noise, input_dropout: augmentation of the cached features (damage).
         seed: of noise and data order.
         logging_steps, save_steps: 0 = never.
@@ -71,6 +73,7 @@ class TrainConfig:
     temperature_end: float = 1.0
     temperature_share: float = 0.6
     gumbel_noise: bool = True
+    class_weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TASK_CLASSES, 1.0))
     input_noise: float = 0.2
     input_dropout: float = 0.1
     seed: int = 0
@@ -98,6 +101,12 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.targets must give each of {', '.join(TASK_CLASSES)} a share in [0, 1], "
                 f"got {dict(self.targets)!r}"
+            )
+        weights = self.class_weights
+        if set(weights) != set(TASK_CLASSES) or not all(w > 0 and math.isfinite(w) for w in weights.values()):
+            raise ValueError(
+                f"TrainConfig.class_weights must give each of {', '.join(TASK_CLASSES)} a number above 0, "
+                f"got {dict(weights)!r}"
             )
 
     def _check_int(self, name: str, least: int) -> None:
@@ -216,7 +225,10 @@ class RouterTrainer(Trainer):
         """The module to train, and the collator of its batches."""
         if config.objective == "damage":
             objective = DamageObjective(
-                controller.router, input_noise=config.input_noise, input_dropout=config.input_dropout
+                controller.router,
+                class_weights=config.class_weights,
+                input_noise=config.input_noise,
+                input_dropout=config.input_dropout,
             )
             return objective, collate_features
         answers = AnswerObjective(
