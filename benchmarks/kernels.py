@@ -9,7 +9,6 @@ reference in the same run, and a figure is written only when that comparison hol
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from common import ROOT, Recorder, graphed, interleaved_ms, label, median_ms, pr
 from tests.kernels import fuzz
 from torch import Tensor
 
-from flux_attention.kernels import api, block_lists, paged_decode, reference, streaming_pages
+from flux_attention.kernels import api, block_lists, paged_decode, reference
 from flux_attention.kernels import streaming as _streaming
 from flux_attention.kernels.api import Packing
 
@@ -177,56 +176,6 @@ def streaming(setup: Setup, record: Recorder) -> None:
     record.note(f"streaming_{label(n)}", {**medians, "error_over_limit": quality})
     ratios = [a / b for a, b in zip(times["ours"], times["fa4"], strict=True)]
     record.add(f"prefill_streaming_{label(n)}_vs_fa4_window", ours / theirs, "ratio", ratios)
-
-
-#: Ways to run streaming prefill through pages: `FIRST`, and what differs from `OPTIONS`, of `streaming_pages`.
-PAGE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "joined": ("joined", {}),
-    "before": ("before", {}),
-    "beside": ("beside", {}),
-    "joined_packed": ("joined", {"pack_gqa": True}),
-    "joined_no_overlap": ("joined", {"intra_wg_overlap": False}),
-    "joined_p_in_shared": ("joined", {"mma_pv_is_rs": False}),
-}
-
-
-def streaming_variants(setup: Setup, record: Recorder) -> None:
-    """Every way to run streaming prefill, in turns with the window alone; each is compared with the definition."""
-    n = setup.long
-    q, k, v = setup.qkv(n)
-    packing, kwargs = whole(n), {"scale": setup.scale, **setup.sizes}
-    sizes = {name: size for name, size in setup.sizes.items() if name != "block"}
-
-    def pages(first: str, options: dict[str, Any]) -> Tensor:
-        before = streaming_pages.FIRST, streaming_pages.OPTIONS
-        streaming_pages.FIRST, streaming_pages.OPTIONS = first, before[1] | options
-        try:
-            return streaming_pages.attend(q, k, v, packing, scale=setup.scale, **sizes)
-        finally:
-            streaming_pages.FIRST, streaming_pages.OPTIONS = before
-
-    runs: dict[str, Callable[[], Tensor]] = {"window": lambda: baseline(setup, q, k, v, setup.sizes["window"])}
-    found: dict[str, Any] = {}
-    tried = {f"pages_{name}": functools.partial(pages, *variant) for name, variant in PAGE_VARIANTS.items()}
-    order = (setup.sizes["sink"], setup.sizes["window"], setup.block, setup.scale)
-    tried["lists"] = lambda: _streaming._over_lists(block_lists.flash4_over, q, k, v, packing, *order)
-    for name, run in tried.items():
-        try:
-            quality = check("streaming", run(), (q, k, v), api.streaming_attention, setup.block, **kwargs)
-        except Exception as error:  # One that this version of flash-attn-4 does not build is no reason to stop.
-            found[name] = f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        runs[name], found[name] = run, {"error_over_limit": quality}
-    times = interleaved_ms(runs, setup.device, max(15, setup.repetitions))
-    record.note("streaming_window_ms", statistics.median(times["window"]))
-    for name in runs:
-        if name != "window":
-            ratios = [a / b for a, b in zip(times[name], times["window"], strict=True)]
-            found[name] |= {"ms": statistics.median(times[name]), "over_window": statistics.median(ratios)}
-    for name, what in found.items():
-        record.note(f"streaming_{name}", what)
-    best = min(f["over_window"] for f in found.values() if isinstance(f, dict))
-    record.add("prefill_streaming_best_variant_over_window", best, "ratio")
 
 
 def decode(setup: Setup, record: Recorder) -> None:
@@ -400,7 +349,6 @@ RUN: dict[str, Callable[[Setup, Recorder], None]] = {
     "xattn": xattn,
     "fuzz": fuzzing,
     # Only where asked for: it helps to choose the defaults of `streaming_pages`.
-    "streaming_variants": streaming_variants,
 }
 
 

@@ -185,10 +185,8 @@ def _paged_causal(
         out[b] = reference.dense_attention(q[b], keys[:n], values[:n], packing, scale=scale)
 
 
-@pytest.mark.parametrize("first", ["joined", "before"])
-def test_pages_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+def test_pages_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming_pages, "causal", _paged_causal)
-    monkeypatch.setattr(streaming_pages, "FIRST", first)
     rng = random.Random(1)
     torch.manual_seed(0)
     for _ in range(25):

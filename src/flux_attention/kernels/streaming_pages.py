@@ -10,8 +10,6 @@ Forward only. Shapes as in `flux_attention.kernels.api`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +18,6 @@ from torch import Tensor
 from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE
 
-#: The first tiles of a prompt see fewer keys than the others, so plain causal attention does them: in a launch "beside"
-#: that of the others, so that the device drains only once, or "before" it. Or they are "joined" with the others, each
-#: row with a length of its own: every block of the kernel then waits for one more load before its first keys.
-FIRST = "beside"
 #: Passed on to flash-attn-4. Unpacked heads: a tile of queries is then a page of tokens, and measured 2 % faster.
 OPTIONS: dict[str, Any] = {"pack_gqa": False}
 
@@ -57,45 +51,18 @@ def _one_sequence(
         causal(q[None], k[None], v[None], out[None], scale)
         return
     own, sinks, windows = (start - gap) // TILE, sink // TILE, window // TILE
-    # Tiles before this one see their whole past, and less of it than the others. A sequence with a gap is past it.
-    short = 0 if gap else max(0, min(n // TILE, sinks + windows - own))
-    if short and FIRST != "joined":
-        with _beside(q.device, FIRST == "beside"):
-            past, end = start + short * TILE, short * TILE
-            causal(q[None, :end], k[None, :past], v[None, :past], out[None, :end], scale)
-        own, tiles, first = own + short, n // TILE - short, short * TILE
-    else:
-        tiles, first = n // TILE, 0
+    tiles, rest = divmod(n, TILE)
     if tiles:
-        end = first + tiles * TILE
         table, lengths = page_table(tiles, own, sinks, windows, q.device)
-        q_tiles, out_tiles = (t[first:end].unflatten(0, (tiles, TILE)) for t in (q, out))
-        causal(q_tiles, _pages(k), _pages(v), out_tiles, scale, table, lengths if FIRST == "joined" else None)
-    rest = n % TILE
+        # The first tiles of a prompt see fewer keys than the others; one launch takes them all.
+        short = not gap and own < sinks + windows
+        q_tiles, out_tiles = (t[: tiles * TILE].unflatten(0, (tiles, TILE)) for t in (q, out))
+        causal(q_tiles, _pages(k), _pages(v), out_tiles, scale, table, lengths if short else None)
     if rest:
         # Less than a tile at the end: its few keys are gathered.
         low = start + n - rest - window - gap
         k_rest, v_rest = (t[None] if low <= sink else torch.cat([t[:sink], t[low:]])[None] for t in (k, v))
         causal(q[None, n - rest :], k_rest, v_rest, out[None, n - rest :], scale)
-    if short and FIRST == "beside":
-        torch.cuda.current_stream(q.device).wait_stream(_side(q.device))
-
-
-@contextmanager
-def _beside(device: torch.device, on: bool) -> Iterator[None]:
-    """Run what is inside on a stream of its own; the caller waits for it."""
-    if not on:
-        yield
-        return
-    side = _side(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        yield
-
-
-@functools.cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _pages(x: Tensor) -> Tensor:
