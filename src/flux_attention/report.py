@@ -300,6 +300,14 @@ README_TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("KV cache of 131,072 tokens, bytes vs dense", "kv_bytes_128k_q75_vs_dense"),
         ("throughput at 131,072 tokens in 80 GB", "throughput_128k_q75_vs_dense"),
     ),
+    "serving": (
+        ("time to first token, 131,072 tokens, ¾ of the layers sparse", "vllm_ttft_128k_q75"),
+        ("time per token after it", "vllm_tpot_128k_q75"),
+        ("throughput at equal memory, 131,072 tokens, two at once", "vllm_throughput_128k_c2"),
+        ("time to first token, 32,768 tokens", "vllm_ttft_32k_q75"),
+        ("2,048 tokens, which gain nothing: routed time over dense", "vllm_overhead_2k"),
+        ("what a probe adds to the time to first token", "vllm_probe_ms"),
+    ),
     "training": tuple(
         (f"{label}, packs of {tokens:,} tokens", f"train_8b_{tokens // 1024}k_{figure}")
         for tokens in (8192, 16384, 32768, 65536, 131072)
