@@ -25,10 +25,12 @@ from flux_attention.evaluation.entrants import (
     omega_of,
 )
 from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches
+from flux_attention.evaluation.pool import Backbone, Pool
 from flux_attention.evaluation.runner import Record, RunOptions, run_samples
 from flux_attention.evaluation.summary import cell_scores, summarise
 from flux_attention.models.adapter import Adapter
 from flux_attention.models.attach import attach, detach
+from flux_attention.models.backbones import load_backbone
 from flux_attention.route import AllSparse, Dense, Fixed, PolicyContext, Route, Static
 from flux_attention.training.heads import HeadTraining
 
@@ -77,13 +79,13 @@ def make_board(model, adapter, folder, config=LIGHT, **more):
 
 def counted(monkeypatch):
     """The batches that are really run."""
-    run, calls = boards.measure_batch, []
+    run, calls = boards.outcomes_of, []
 
-    def counting(controller, tokenizer, batch, options):
-        calls.append(batch)
-        run(controller, tokenizer, batch, options)
+    def counting(controller, tokenizer, samples, routes, options):
+        calls.append(list(zip(samples, routes, strict=True)))
+        return run(controller, tokenizer, samples, routes, options)
 
-    monkeypatch.setattr(boards, "measure_batch", counting)
+    monkeypatch.setattr(boards, "outcomes_of", counting)
     return calls
 
 
@@ -130,15 +132,15 @@ def test_mixed_passes_score_what_single_runs_score(model, adapter, tmp_path):
 
 
 def test_an_interrupted_board_resumes(model, adapter, tmp_path, monkeypatch):
-    run, calls = boards.measure_batch, []
+    run, calls = boards.outcomes_of, []
 
-    def stops(controller, tokenizer, batch, options):
-        calls.append(batch)
+    def stops(controller, tokenizer, samples, routes, options):
+        calls.append(samples)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        run(controller, tokenizer, batch, options)
+        return run(controller, tokenizer, samples, routes, options)
 
-    monkeypatch.setattr(boards, "measure_batch", stops)
+    monkeypatch.setattr(boards, "outcomes_of", stops)
     config = replace(LIGHT, batch_tokens=1)
     board = make_board(model, adapter, tmp_path, config)
     with pytest.raises(KeyboardInterrupt):
@@ -148,6 +150,37 @@ def test_an_interrupted_board_resumes(model, adapter, tmp_path, monkeypatch):
     again.measure([again.dense()], "test")
     # One pass done, one broken off and done again.
     assert len(calls) == 3 * len(TASKS) + 1
+
+
+def test_several_processes_measure_what_one_does(adapter, tmp_path):
+    backbone, _ = save_all(tmp_path)
+    model, tokenizer = load_backbone(backbone)
+    config = replace(LIGHT, batch_tokens=2000)
+    found = {}
+    with Pool(2, Backbone(str(backbone), torch.float32, "cpu", "auto")) as pool:
+        for name, share in (("alone", None), ("pool", pool)):
+            board = Board(model, tokenizer, [adapter], config, tmp_path / name, pool=share)
+            cells = board.samples.test.cells
+            entrants = [
+                Entrant("a", "a", by_policy(Static((2,)), LAYERS, cells)),
+                Entrant("b", "b", by_policy(AllSparse(), LAYERS, cells), mode="triangle"),
+            ]
+            board.measure(entrants, "test")
+            found[name] = [board.records(entrant) for entrant in entrants]
+        assert not hasattr(model, "_flux_attention_controller")
+        # Stopped for time after the first batch: the rest is not run, and the pool can go on.
+        late = Board(model, tokenizer, [adapter], replace(config, minutes=1e-9), tmp_path / "late", pool=pool)
+        with pytest.raises(UnfinishedError):
+            late.measure([late.dense()], "test")
+        bad = Pair(late._file((TASKS[0], 900), None), 0, late.samples.test.cells[TASKS[0], 900][0], "01")
+        with pytest.raises(ValueError):
+            list(pool.measure(adapter.config, [[bad]], RunOptions()))
+    for ours, theirs in zip(found["pool"], found["alone"], strict=True):
+        for cell, records in ours.items():
+            for a, b in zip(records, theirs[cell], strict=True):
+                assert a.score == b.score and a.nll == pytest.approx(b.nll, abs=1e-4)
+    with pytest.raises(ValueError, match="at least one process"):
+        Pool(0, Backbone(str(backbone), torch.float32, "cpu", "auto"))
 
 
 def test_time_is_kept(model, adapter, tmp_path, monkeypatch):
@@ -364,7 +397,7 @@ def test_tasks_that_dense_cannot_do_are_run_by_nobody_else(model, adapter, tmp_p
     config = replace(LIGHT, tasks=("niah_single_2", "docstring_continuation"), policies=("router", "sparse"))
     run = run_board(make_board(model, adapter, tmp_path, config))
     assert list(run.left_out) == [("niah_single_2", 900)] and list(run.dense) == [("docstring_continuation", 900)]
-    assert {pair.route for batch in calls for pair in batch if pair.sample.task == "niah_single_2"} == {"1111"}
+    assert {route for batch in calls for sample, route in batch if sample.task == "niah_single_2"} == {"1111"}
     with pytest.raises(ValueError, match="nothing to compare"):
         run_board(make_board(model, adapter, tmp_path, replace(LIGHT, tasks=("niah_single_2",))))
 

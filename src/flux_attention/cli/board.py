@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flux_attention.evaluation.board import Board, run_board
 from flux_attention.evaluation.board_config import BoardConfig, prepare
 from flux_attention.evaluation.entrants import POLICIES
 from flux_attention.evaluation.metrics import Estimate
+from flux_attention.evaluation.pool import Backbone, Pool
 from flux_attention.evaluation.results import environment, write_json, write_results
 from flux_attention.evaluation.summary import Row, Summary, summarise
 from flux_attention.models.adapter import load_adapter
@@ -52,9 +54,13 @@ def run(
         if only_prepare:
             notes.print(f"samples: [bold]{folder}[/bold]")
             return None
-        backbone.to(where)
-        board = Board(backbone, tokenizer, loaded, config, folder, bars, further)
-        run_ = run_board(board)
+        with ExitStack() as stack:
+            pool = None
+            if config.processes > 1:
+                # They load while this one does.
+                pool = stack.enter_context(Pool(config.processes, Backbone(model, kind, str(where), config.impl)))
+            backbone.to(where)
+            run_ = run_board(Board(backbone, tokenizer, loaded, config, folder, bars, further, pool))
     outcome = summarise(run_)
     table = summary(outcome.rows)
     print_table(console, table, f"board: mean Ω of the router {outcome.omega:.2f}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,7 +35,8 @@ from flux_attention.evaluation.entrants import (
     mean_omega,
     omega_of,
 )
-from flux_attention.evaluation.outcomes import OutcomeFile, Pair, batches, measure_batch
+from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches, keep, outcomes_of
+from flux_attention.evaluation.pool import Pool
 from flux_attention.evaluation.runner import Record, RunOptions, check_samples, kv_share_of
 from flux_attention.models.adapter import Adapter
 from flux_attention.models.attach import attach, detach
@@ -57,6 +58,7 @@ class Board:
         adapters: trained alike with different seeds; the router's figures are means over them.
         others: further adapters by name, each a line of its own (for single targets, say).
         folder: of everything that is kept; created.
+        pool: processes that measure with a model of the same weights; None = this one does.
 
     Raises:
         ValueError: no adapter, adapters whose configurations differ, or samples that the model's context cannot hold.
@@ -71,11 +73,12 @@ class Board:
         folder: Path,
         progress: Progress | None = None,
         others: Mapping[str, Adapter] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         if not adapters:
             raise ValueError("a board needs at least one adapter")
         self.model, self.tokenizer, self.adapters = model, tokenizer, tuple(adapters)
-        self.others = dict(others or {})
+        self.others, self._pool = dict(others or {}), pool
         self.config, self.folder, self.progress = config, Path(folder), progress or tqdm_progress
         self.layers = len(adapters[0].config.backbone.routable_layers)  # type: ignore[union-attr]
         bases = {_without_router(adapter.config) for adapter in (*adapters, *self.others.values())}
@@ -155,14 +158,27 @@ class Board:
             if not wanted:
                 continue
             work = list(batches(list(wanted.values()), self.config.batch_tokens, self._options))
-            controller = self.attach(self._mode(mode))
+            found = self._outcomes(self._mode(mode), work)
             try:
-                for batch in self.progress(work, len(work), label if mode is None else f"{label}: {mode}"):
-                    measure_batch(controller, self.tokenizer, batch, self._options)
+                for batch, outcomes in self.progress(found, len(work), label if mode is None else f"{label}: {mode}"):
+                    keep(batch, outcomes)
                     self._pause()
             finally:
-                detach(self.model)
+                # Also what a stop leaves behind: an attached model, batches that wait.
+                found.close()
                 self._save()
+
+    def _outcomes(self, config: FluxConfig, work: list[list[Pair]]) -> Generator[tuple[list[Pair], list[Outcome]]]:
+        if self._pool is not None:
+            yield from self._pool.measure(config, work, self._options)
+            return
+        controller = self.attach(config)
+        try:
+            for batch in work:
+                samples, routes = [pair.sample for pair in batch], [pair.route for pair in batch]
+                yield batch, outcomes_of(controller, self.tokenizer, samples, routes, self._options)
+        finally:
+            detach(self.model)
 
     def _pause(self) -> None:
         now = time.perf_counter()

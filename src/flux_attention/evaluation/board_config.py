@@ -56,6 +56,7 @@ class BoardConfig:
         batch_tokens: tokens of a pass; results do not depend on it.
         impl: kernel implementation of prefill.
         workers: processes that make samples.
+        processes: that measure, sharing the device; results do not depend on it.
         minutes: of wall clock after which the board stops between two passes; 0 = never.
     """
 
@@ -76,6 +77,7 @@ class BoardConfig:
     batch_tokens: int = 16384
     impl: str = "auto"
     workers: int = 1
+    processes: int = 1
     minutes: float = 0.0
 
     def __post_init__(self) -> None:
@@ -100,6 +102,7 @@ class BoardConfig:
             "head_samples",
             "batch_tokens",
             "workers",
+            "processes",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

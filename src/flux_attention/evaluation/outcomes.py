@@ -138,12 +138,17 @@ def batches(pairs: Sequence[Pair], batch_tokens: int, options: RunOptions) -> It
 
 
 @torch.no_grad()
-def measure_batch(controller: FluxAttention, tokenizer: Any, batch: Sequence[Pair], options: RunOptions) -> None:
-    """Run a batch and put its results where they belong."""
-    route = parse_columns([pair.route for pair in batch], len(controller.layers))
-    with controller.using(Fixed(route)):
-        records = score_batch(controller, tokenizer, [pair.sample for pair in batch], options)
-    for pair, record in zip(batch, records, strict=True):
-        # What is in memory and what is in the file must be the same.
-        nll = None if record.nll is None else round(record.nll, 6)
-        pair.file.put(pair.index, pair.route, Outcome(record.score, nll))
+def outcomes_of(
+    controller: FluxAttention, tokenizer: Any, samples: Sequence[Sample], routes: Sequence[str], options: RunOptions
+) -> list[Outcome]:
+    """Run samples of one kind of scoring in one pass, each under a route of its own."""
+    with controller.using(Fixed(parse_columns(list(routes), len(controller.layers)))):
+        records = score_batch(controller, tokenizer, samples, options)
+    # What is in memory and what is in the file must be the same.
+    return [Outcome(row.score, None if row.nll is None else round(row.nll, 6)) for row in records]
+
+
+def keep(batch: Sequence[Pair], outcomes: Sequence[Outcome]) -> None:
+    """Put a batch's results where they belong."""
+    for pair, outcome in zip(batch, outcomes, strict=True):
+        pair.file.put(pair.index, pair.route, outcome)

@@ -61,6 +61,9 @@ def board(
     workers: Annotated[
         int | None, typer.Option("--workers", help="Processes that make samples; by default one a core, 16 at most.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", help="Processes that measure on the device, each with a model of its own.")
+    ] = 1,
     device: Device = "auto",
     dtype: DType = "auto",
     record: Record = False,
@@ -95,6 +98,7 @@ def board(
         batch_tokens=batch_tokens or (131072 if on_gpu else 8192),
         impl=impl,
         workers=workers or min(16, os.cpu_count() or 1),
+        processes=processes,
         minutes=minutes,
     )
     run(
