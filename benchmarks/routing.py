@@ -18,6 +18,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.models import fuse
 from flux_attention.models.attach import detach
 from flux_attention.models.controller import FluxAttention
+from flux_attention.models.pooling import LayerPooling
 from flux_attention.models.prefill import LayerPrefill
 from flux_attention.models.probe import ProbeGraphs
 from flux_attention.route import Route
@@ -138,34 +139,57 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
         "sparse_layers": int((~route.use_full).sum()),
     }
     if on_gpu:
-        details["late_layers"] = late_layers(controller, lambda: once(None))
+        details |= late_layers(controller, lambda: once(None))
     record.note("routing_inline", details)
     for name, of in (("routing_inline_ms", 0), ("routing_inline_wall_ms", 1)):
         pairs = [a[of] - b[of] for a, b in zip(inline, static, strict=True)]
         record.add(name, statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
 
 
-def late_layers(controller: FluxAttention, run: Callable[[], Any]) -> int:
-    """Layers whose attention was launched only after the device had done all work before it."""
-    late, begun = [], torch.cuda.Event()
-    attend, sides = controller.attend, LayerPrefill._sides
+def late_layers(controller: FluxAttention, run: Callable[[], Any]) -> dict[str, Any]:
+    """How many layers' attention was launched only after the device had done all work before it, and the host's part.
+
+    `late` of each side; median microseconds from a decision's arrival to the end of the launch, `launch_us`, and of
+    waiting for a decision, `wait_us`, by side.
+    """
+    begun, arrived = torch.cuda.Event(), 0.0
+    found: dict[str, list[tuple[bool, float, float]]] = {"full": [], "sparse": []}
+    attend, sides, wait = controller.attend, LayerPrefill._sides, LayerPooling.wait
+    waited = 0.0
 
     def watched_attend(*args: Any) -> Tensor:
         begun.record()
         return attend(*args)
 
-    def watched_sides(*args: Any) -> Tensor:
-        out = sides(*args)
-        late.append(begun.query())
+    def watched_wait(*args: Any) -> None:
+        nonlocal arrived, waited
+        started = time.perf_counter()
+        wait(*args)
+        arrived = time.perf_counter()
+        waited = arrived - started
+
+    def watched_sides(self: LayerPrefill, layout: Any, cache: Any, use_full: list[bool], *args: Any) -> Tensor:
+        out = sides(self, layout, cache, use_full, *args)
+        took = time.perf_counter() - arrived
+        found["full" if use_full[0] else "sparse"].append((begun.query(), took, waited))
         return out
 
-    vars(controller)["attend"], LayerPrefill._sides = watched_attend, watched_sides
+    vars(controller)["attend"] = watched_attend
+    LayerPrefill._sides, LayerPooling.wait = watched_sides, watched_wait
     try:
         run()
     finally:
         del vars(controller)["attend"]
-        LayerPrefill._sides = sides
-    return sum(late)
+        LayerPrefill._sides, LayerPooling.wait = sides, wait
+
+    def median_us(side: str, column: int) -> float:
+        return round(statistics.median(row[column] for row in found[side]) * 1e6)
+
+    return {
+        "late": {side: sum(row[0] for row in rows) for side, rows in found.items()},
+        "launch_us": {side: median_us(side, 1) for side, rows in found.items() if rows},
+        "wait_us": {side: median_us(side, 2) for side, rows in found.items() if rows},
+    }
 
 
 def median_interval(values: list[float], resamples: int = 10000) -> tuple[float, float]:
