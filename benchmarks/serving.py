@@ -307,23 +307,26 @@ class Speed:
         for way in ("dense", "sparse75", "probed75"):
             self.load(way, self.short + self.recorder.settings["chunk"], 1, 8)
 
-    def overhead(self, rounds: int = 7, tokens: int = 64) -> None:
+    def overhead(self, rounds: int = 15, tokens: int = 64) -> None:
         """Prompts that are too short for any key to be dropped: what routing costs where it cannot gain.
 
         `router` is a request without options, which at this length runs dense, unprobed; `sparse75` is made to run
-        sparse layers all the same. The figure is the worse of the two.
+        sparse layers all the same. The figure is the worse of the two. Single requests vary by a tenth, so medians are
+        compared, of turns that change places.
         """
-        ratios: dict[str, list[float]] = {"router": [], "sparse75": []}
+        ways = ("dense", "router", "sparse75")
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(rounds):
-            ways = ("dense", *ratios) if turn % 2 else (*ratios, "dense")
-            seconds = {way: self.load(way, self.short, 1, tokens)["seconds"] for way in ways}
-            for way, found in ratios.items():
-                found.append(seconds[way] / seconds["dense"])
+            for way in ways[turn % 3 :] + ways[: turn % 3]:
+                seconds[way].append(self.load(way, self.short, 1, tokens)["seconds"])
         size = label(self.short)
-        for way, found in ratios.items():
-            self.recorder.add(f"vllm_overhead_{size}_{way}", statistics.median(found), "ratio", found)
-        worst = max(ratios, key=lambda way: statistics.median(ratios[way]))
-        self.recorder.add(f"vllm_overhead_{size}", statistics.median(ratios[worst]), "ratio", ratios[worst])
+        dense = statistics.median(seconds["dense"])
+        found = {way: statistics.median(seconds[way]) / dense for way in ways[1:]}
+        for way, ratio in found.items():
+            each = [a / dense for a in seconds[way]]
+            self.recorder.add(f"vllm_overhead_{size}_{way}", ratio, "ratio", each)
+        worst = max(found, key=lambda way: found[way])
+        self.recorder.add(f"vllm_overhead_{size}", found[worst], "ratio", [a / dense for a in seconds[worst]])
 
     def probe(self, rounds: int = 3) -> None:
         """Milliseconds that a probe adds to the time to first token, at twice the short length."""
