@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
-#: Whether a probe's projections of one input run beside each other, on streams of their own.
+#: Whether a probe's projections to queries, keys and values run beside each other, on streams of their own. Those of
+#: the MLP fill a GPU one at a time.
 FORK = True
 
 
@@ -179,10 +180,7 @@ class _Layer:
         del normed
         normed, total = fused.add_rms_norm(attended, hidden_states, self.second)
         del attended
-        fork = self._fork(normed)
-        gate = mlp.gate_proj(normed)
-        (up,) = fork(partial(mlp.up_proj, normed))
-        gated = fused.silu_mul(gate, up)
+        gated = fused.silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed))
         # `total` is this layer's own, so the product is added where it lies.
         total.flatten(0, 1).addmm_(gated.flatten(0, 1), mlp.down_proj.weight.t())
         return total if mlp.down_proj.bias is None else total.add_(mlp.down_proj.bias)

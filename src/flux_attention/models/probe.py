@@ -117,7 +117,9 @@ class ProbeGraphs:
         step = _step(controller, [columns] * rows, columns)
 
         def run() -> Tensor:
-            return controller.router.from_parts(_run(controller, ids, step)).softmax(-1)[..., 1]
+            logits = controller.router.from_parts(_run(controller, ids, step))
+            # Of two logits, the softmax of the second is the sigmoid of their difference: dense, and one copy away.
+            return (logits[..., 1] - logits[..., 0]).sigmoid_()
 
         stream = torch.cuda.Stream(controller.device)
         stream.wait_stream(torch.cuda.current_stream(controller.device))
