@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -20,7 +21,14 @@ for _folder in (ROOT, ROOT / "src"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from flux_attention.evaluation.results import Figure, write_results  # noqa: E402
+from flux_attention.evaluation.results import (  # noqa: E402
+    UNKNOWN_COMMIT,
+    Figure,
+    commit_id,
+    device_name,
+    results_path,
+    write_results,
+)
 
 
 def sync(device: torch.device) -> None:
@@ -135,6 +143,24 @@ class Recorder:
         self.details[name] = value
         print(f"  {name:<44} {value}", flush=True)
         self.save()
+
+    def earlier(self) -> dict[str, Any]:
+        """What the results file holds already, when it is of this code, device and settings; else {}.
+
+        A commit that is unknown, or a checkout with changes, is not known to be the same code.
+        """
+        if self.folder is None:
+            return {}
+        device, commit = device_name(self.device), self.commit or commit_id()
+        try:
+            data = json.loads(results_path(self.program, device, self.folder).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        if commit == UNKNOWN_COMMIT or commit.endswith("-dirty"):
+            print(f"  earlier results are not kept: the commit is {commit}; --commit can name it", flush=True)
+            return {}
+        same = (data["commit"], data["device"], data["settings"]) == (commit, device, self.settings)
+        return data if same else {}
 
     def save(self) -> None:
         if self.folder is not None and self.figures:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class Setup:
     tiny: bool
     fuzz_shapes: int
     fuzz_seconds: float
+    fuzz_ops: tuple[str, ...] = tuple(fuzz.OPS)
 
     @property
     def block(self) -> int:
@@ -265,43 +268,87 @@ def xattn(setup: Setup, record: Recorder) -> None:
     record.add(f"xattn_{label(n)}_time_over_density", ms["attend"] / ms["dense"] / density, "ratio")
 
 
-#: Processes a kernel's shapes are shared out to. Compilation takes most of the time, and a processor each.
-SHARES = 2
+#: Seconds that a share gets to end after its time is over, in the middle of a compilation perhaps.
+GRACE = 10.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part `index` of `of` of a kernel's random shapes: `shapes` of them, none begun after `until` (`time.time()`)."""
+
+    op: str
+    index: int
+    of: int
+    shapes: int
+    until: float
 
 
 def fuzzing(setup: Setup, record: Recorder) -> None:
-    """Random shapes of every kernel against float64; the figure is the least number that any kernel passed."""
-    shares = {(op, i): -(-setup.fuzz_shapes // SHARES) for op in fuzz.OPS for i in range(SHARES)}
+    """Random shapes of every kernel against float64; the figure is the least number that any kernel passed.
+
+    A kernel is recorded when its shares are done, whole or not. Kernels that an earlier run with the same code and
+    device finished count, so that several calls can divide them.
+    """
+    suffix = "" if setup.fuzz_shapes >= 500 else "_quick"
+    _keep_earlier(setup, record, suffix)
+    until = time.time() + setup.fuzz_seconds
+    of = 2
     if setup.device.type == "cuda":
-        found = _in_processes(setup, shares)
-    else:
-        found = {share: fuzz_share(setup.device, *share, shapes) for share, shapes in shares.items()}
-    passed: dict[str, int] = {}
-    failed: list[str] = []
-    for op in fuzz.OPS:
-        parts = [found[op, i] for i in range(SHARES)]
-        passed[op] = sum(part["passed"] for part in parts)
-        failed += [text for part in parts for text in part["failed"]]
-        worst = max(part["worst_error_over_limit"] for part in parts)
-        seconds = max(part["seconds"] for part in parts)
-        record.note(f"fuzz_{op}", {"passed": passed[op], "worst_error_over_limit": worst, "seconds": seconds})
-    for case_text in failed[:10]:
-        print(f"  {case_text}")
-    assert not failed, f"{len(failed)} random shapes are over their limit"
-    # A quick run must not replace the figure of a long one.
-    name = "kernel_fuzz_shapes" if setup.fuzz_shapes >= 500 else "kernel_fuzz_shapes_quick"
-    record.add(name, min(passed.values()), "shapes")
+        # Compilation takes most of the time, and a processor each: at most a process for every kind to compile.
+        of = max(2, min(len(fuzz.GPU_KINDS), (os.cpu_count() or 1) // len(setup.fuzz_ops)))
+    shares = [Share(op, i, of, -(-setup.fuzz_shapes // of), until) for op in setup.fuzz_ops for i in range(of)]
+    found: dict[str, list[dict[str, Any]]] = {op: [] for op in setup.fuzz_ops}
+    for share, result in _in_processes(shares) if setup.device.type == "cuda" else _in_turn(setup, shares):
+        parts = found[share.op]
+        parts.append(result)
+        if len(parts) == of:
+            failed = [text for part in parts for text in part["failed"]]
+            for text in failed[:10]:
+                print(f"  {text}", flush=True)
+            passed = sum(part["passed"] for part in parts)
+            note = {
+                "passed": passed,
+                "failed": len(failed),
+                "worst_error_over_limit": max(part["worst_error_over_limit"] for part in parts),
+                "seconds": max(part["seconds"] for part in parts),
+                "processes": of,
+            }
+            record.note(f"fuzz_{share.op}", note)
+            record.add(f"kernel_fuzz_{share.op}_shapes{suffix}", passed, "shapes")
+    notes = [record.details.get(f"fuzz_{op}") for op in fuzz.OPS]
+    if all(note and not note["failed"] and note["passed"] >= setup.fuzz_shapes for note in notes):
+        # A quick run must not replace the figure of a long one.
+        record.add(f"kernel_fuzz_shapes{suffix}", min(note["passed"] for note in notes if note), "shapes")
+    wrong = []
+    for op in setup.fuzz_ops:
+        note = record.details[f"fuzz_{op}"]
+        if note["failed"] or note["passed"] < setup.fuzz_shapes:
+            wrong.append(f"{op}: {note['failed']} failed, {note['passed']} of {setup.fuzz_shapes} passed")
+    assert not wrong, f"random shapes within {setup.fuzz_seconds:.0f} s: {'; '.join(wrong)}"
 
 
-def fuzz_share(device: torch.device, op: str, share: int, shapes: int) -> dict[str, Any]:
+def _keep_earlier(setup: Setup, record: Recorder, suffix: str) -> None:
+    """Take over the kernels that are not asked for from the results file."""
+    if set(setup.fuzz_ops) == set(fuzz.OPS):
+        return
+    earlier = record.earlier()
+    for entry in earlier.get("figures", ()):
+        for op in set(fuzz.OPS) - set(setup.fuzz_ops):
+            if entry["name"] == f"kernel_fuzz_{op}_shapes{suffix}":
+                record.note(f"fuzz_{op}", earlier["details"][f"fuzz_{op}"])
+                record.add(entry["name"], entry["value"], entry["unit"])
+
+
+def fuzz_share(device: torch.device, share: Share) -> dict[str, Any]:
     """One share of one kernel's shapes, over its share of the kinds of kernels that there are to compile."""
     started, passed, worst = time.perf_counter(), 0, 0.0
     failed: list[str] = []
     kinds = None
     if device.type == "cuda":
-        every = fuzz.WIDE_KINDS if op in ("select_blocks", "paged_decode") else fuzz.GPU_KINDS
-        kinds = every[share::SHARES]
-    for case in fuzz.fuzz(op, n_shapes=shapes, seed=share, device=str(device), kinds=kinds):
+        every = fuzz.WIDE_KINDS if share.op in ("select_blocks", "paged_decode") else fuzz.GPU_KINDS
+        kinds = every[share.index :: share.of]
+    cases = fuzz.fuzz(share.op, n_shapes=share.shapes, seed=share.index, device=str(device), kinds=kinds)
+    while time.time() < share.until and (case := next(cases, None)) is not None:
         worst = max(worst, case.error / case.limit)
         if case.ok:
             passed += 1
@@ -319,26 +366,34 @@ def fuzz_share(device: torch.device, op: str, share: int, shapes: int) -> dict[s
     }
 
 
-def _in_processes(setup: Setup, shares: dict[tuple[str, int], int]) -> dict[tuple[str, int], dict[str, Any]]:
-    """All shares at once, each in a process of its own. Raises AssertionError with the output of one that fails."""
-    running = {}
-    for (op, i), shapes in shares.items():
-        command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--fuzz-share", f"{op}:{i}:{shapes}"]
-        running[op, i] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    found = {}
-    until = time.perf_counter() + setup.fuzz_seconds
+def _in_turn(setup: Setup, shares: Sequence[Share]) -> Iterator[tuple[Share, dict[str, Any]]]:
+    for share in shares:
+        yield share, fuzz_share(setup.device, share)
+
+
+def _in_processes(shares: Sequence[Share]) -> Iterator[tuple[Share, dict[str, Any]]]:
+    """All shares at once, each in a process of its own, in the order in which they end."""
+    with ThreadPoolExecutor(len(shares)) as pool:
+        running = {pool.submit(_in_process, share): share for share in shares}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def _in_process(share: Share) -> dict[str, Any]:
+    """`fuzz_share` in a process of its own; one that breaks or never ends is a failure with its last output."""
+    spec = ":".join(str(value) for value in (share.op, share.index, share.of, share.shapes, share.until))
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--fuzz-share", spec]
+    limit = max(1.0, share.until + GRACE - time.time())
+    empty = {"passed": 0, "worst_error_over_limit": 0.0, "seconds": round(limit)}
     try:
-        for share, process in running.items():
-            try:
-                output, _ = process.communicate(timeout=max(1.0, until - time.perf_counter()))
-            except subprocess.TimeoutExpired:
-                raise AssertionError(f"fuzz {share}: not done within {setup.fuzz_seconds:.0f} s") from None
-            assert process.returncode == 0, f"fuzz {share}: {output[-1500:]}"
-            found[share] = json.loads(output.strip().splitlines()[-1])
-    finally:
-        for process in running.values():
-            process.kill()
-    return found
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {**empty, "failed": [f"fuzz {share.op}, share {share.index}: no end within {limit:.0f} s"]}
+    if done.returncode:
+        output = (done.stdout + done.stderr)[-1500:]
+        return {**empty, "failed": [f"fuzz {share.op}, share {share.index}: {output}"]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 RUN: dict[str, Callable[[Setup, Recorder], None]] = {
@@ -348,7 +403,6 @@ RUN: dict[str, Callable[[Setup, Recorder], None]] = {
     "decode": decode,
     "xattn": xattn,
     "fuzz": fuzzing,
-    # Only where asked for: it helps to choose the defaults of `streaming_pages`.
 }
 
 
@@ -359,8 +413,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", default=",".join(SECTIONS), help=", ".join(RUN))
     parser.add_argument("--fuzz", type=int, default=None, metavar="N", help="random shapes per kernel (500)")
-    parser.add_argument("--fuzz-seconds", type=float, default=240, help="time for all random shapes together")
-    parser.add_argument("--fuzz-share", metavar="OP:SHARE:N", help="check one share, print it as JSON and end")
+    parser.add_argument("--fuzz-seconds", type=float, default=240, help="no shape begins later; ends within 10 more")
+    parser.add_argument(
+        "--fuzz-ops",
+        default=",".join(fuzz.OPS),
+        help="kernels to check; of the others, results with the same code and device stay in the file",
+    )
+    parser.add_argument("--fuzz-share", metavar="OP:I:OF:N:UNTIL", help="check one share, print it as JSON and end")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
     parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
     return parser.parse_args(arguments)
@@ -370,14 +429,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
     if options.fuzz_share:
-        op, share, shapes = options.fuzz_share.split(":")
-        print(json.dumps(fuzz_share(device, op, int(share), int(shapes))))
+        op, index, of, shapes, until = options.fuzz_share.split(":")
+        print(json.dumps(fuzz_share(device, Share(op, int(index), int(of), int(shapes), float(until)))))
         return 0
     if device.type != "cuda" and not options.tiny:
         sys.exit("these shapes need a CUDA device; --tiny runs toy sizes anywhere")
     chosen = options.sections.split(",")
     if unknown := [name for name in chosen if name not in RUN]:
         sys.exit(f"unknown section {', '.join(unknown)}; there are {', '.join(RUN)}")
+    fuzz_ops = tuple(options.fuzz_ops.split(","))
+    if wrong := [op for op in fuzz_ops if op not in fuzz.OPS]:
+        sys.exit(f"unknown kernel {', '.join(wrong)}; there are {', '.join(fuzz.OPS)}")
     torch.manual_seed(0)
     tiny = options.tiny
     setup = Setup(
@@ -392,6 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tiny=tiny,
         fuzz_shapes=options.fuzz or (5 if tiny else 60 if options.quick else 500),
         fuzz_seconds=options.fuzz_seconds,
+        fuzz_ops=fuzz_ops,
     )
     folder = options.out or (None if tiny else Path("benchmarks/results"))
     settings = {

@@ -5,7 +5,7 @@
     python recipes/llama31_8b.py
     torchrun --nproc-per-node 4 recipes/llama31_8b.py --accumulation 1    # the same numbers on four GPUs
 
-Needs no teacher pass, so a step is a quarter cheaper than distillation; the answers must be right ones.
+Needs no teacher pass, so a step is a fifth cheaper than distillation; the answers must be right ones.
 """
 
 from flux_attention.training.launch import main, short_run

@@ -219,3 +219,14 @@ def test_pages_serve_whole_tiles_without_gradients() -> None:
 def test_heads_are_packed_where_tokens_fill_a_tile() -> None:
     assert block_lists.packs_heads(32, 8, 128) and block_lists.packs_heads(4, 4, 128)
     assert not block_lists.packs_heads(9, 3, 128) and block_lists.packs_heads(9, 3, 192)
+
+
+def test_no_length_is_compiled_for() -> None:
+    """Triton compiles anew for a number that is 1 or a multiple of 16, unless told not to: a second per prompt."""
+    pytest.importorskip("triton")
+    from flux_attention.kernels import block_score_triton as kernels
+
+    for kernel in (kernels.score_kernel, kernels.choose_kernel):
+        free = {p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)}
+        # Pointers and strides are a model's, the rest are fractions.
+        assert all(name.startswith(("p_", "stride_")) or name in ("scale2", "threshold") for name in free), free

@@ -57,6 +57,82 @@ def test_toy_run(tmp_path, program, sections, expected):
     assert all(value > 0 for name, value in found.items() if not name.startswith("routing_inline_"))
 
 
+@pytest.fixture
+def fuzzing(tmp_path, monkeypatch):
+    """Runs the fuzz of some ops at toy sizes; gives the exit status and the figures of the results file."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kernels
+
+    def go(ops: str, commit: str = "abc", *more: str) -> tuple[int, dict[str, float]]:
+        arguments = ("--tiny", "--device", "cpu", "--sections", "fuzz", "--out", str(tmp_path), "--commit", commit)
+        status = kernels.main([*arguments, "--fuzz-ops", ops, *more])
+        (path,) = tmp_path.glob("*.json")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        assert data["commit"] == commit
+        return status, {figure["name"]: figure["value"] for figure in data["figures"]}
+
+    return go
+
+
+def test_fuzz_divided_among_calls(fuzzing):
+    whole = "kernel_fuzz_shapes_quick"
+    status, found = fuzzing("select_blocks,paged_decode")
+    assert status == 0
+    assert found == {"kernel_fuzz_select_blocks_shapes_quick": 6, "kernel_fuzz_paged_decode_shapes_quick": 6}
+    _, found = fuzzing("dense,streaming,triangle,block_sparse")
+    assert found[whole] == 6 and len(found) == 7
+    # One op again leaves the others what they are.
+    _, found = fuzzing("paged_decode")
+    assert found[whole] == 6 and len(found) == 7
+    # Results of other code do not count, nor those of code that nobody can tell.
+    for commit in ("def", "def-dirty", "def-dirty"):
+        _, found = fuzzing("paged_decode", commit)
+        assert found == {"kernel_fuzz_paged_decode_shapes_quick": 6}
+        _, found = fuzzing("select_blocks", commit)
+        assert len(found) == (2 if commit == "def" else 1)
+        _, found = fuzzing("paged_decode", "another")
+
+
+def test_fuzz_reports_what_its_time_sufficed_for(fuzzing, monkeypatch, capfd):
+    from tests.kernels import fuzz
+
+    def slow(*_: object) -> fuzz.Case:
+        time.sleep(0.7)
+        return fuzz.Case("streaming", "auto", "", 0.0, 0.0, 1.0)
+
+    fuzzing("dense,triangle,block_sparse,select_blocks")
+    monkeypatch.setitem(fuzz.OPS, "streaming", slow)
+    status, found = fuzzing("paged_decode,streaming", "abc", "--fuzz-seconds", "2")
+    assert status == 1 and "kernel_fuzz_shapes_quick" not in found
+    assert found["kernel_fuzz_paged_decode_shapes_quick"] == 6
+    done = found["kernel_fuzz_streaming_shapes_quick"]
+    assert 0 < done < 5
+    assert f"within 2 s: streaming: 0 failed, {done:.0f} of 5 passed" in capfd.readouterr().out
+
+
+def test_a_shape_over_its_limit_is_no_figure(fuzzing, monkeypatch, capfd):
+    from tests.kernels import fuzz
+
+    monkeypatch.setitem(fuzz.OPS, "dense", lambda *_: fuzz.Case("dense", "auto", "this one", 2.0, 0.0, 1.0))
+    status, found = fuzzing(",".join(fuzz.OPS))
+    assert status == 1 and len(found) == 6 and found["kernel_fuzz_dense_shapes_quick"] == 0
+    output = capfd.readouterr().out
+    assert "this one" in output and "dense: 6 failed, 0 of 5 passed" in output
+
+
+def test_fuzz_processes_end_with_a_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kernels
+
+    later = time.time() + 100
+    shares = [kernels.Share("paged_decode", 1, 2, 3, later), kernels.Share("nothing", 0, 1, 3, later)]
+    shares.append(kernels.Share("paged_decode", 0, 2, 3, time.time() - kernels.GRACE))
+    found = dict(kernels._in_processes(shares))
+    assert found[shares[0]]["passed"] == 3 and not found[shares[0]]["failed"]
+    assert "KeyError: 'nothing'" in found[shares[1]]["failed"][0]
+    assert "no end within 1 s" in found[shares[2]]["failed"][0]
+
+
 def test_plots_show_what_the_files_hold(tmp_path):
     pytest.importorskip("matplotlib")
     results, out = tmp_path / "results", tmp_path / "figures"

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from flux_attention.cli import main
 from flux_attention.models.adapter import load_adapter
@@ -122,6 +123,14 @@ def test_train_writes_an_adapter(run, places, tmp_path):
     code, _, err = run("train", *places[:2], *places[4:], *settings, *where)
     assert code == 0, err
     assert load_adapter(out).config.window_tokens == 128
+    # The same seed gives the same router, another one another.
+    found = [load_adapter(out).state]
+    for seed in (0, 1):
+        where = ("--out", tmp_path / f"{seed}", "--runs", tmp_path / f"runs{seed}", "--data", rows, "--seed", seed)
+        assert run("train", *places[:2], *places[4:], *settings, *where)[0] == 0
+        found.append(load_adapter(tmp_path / f"{seed}").state)
+    first, same, other = ([value for _, value in sorted(state.items())] for state in found)
+    assert all(map(torch.equal, first, same)) and not all(map(torch.equal, first, other))
 
 
 def test_bench_names_what_there_is(run, tmp_path, monkeypatch):

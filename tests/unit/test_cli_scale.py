@@ -10,6 +10,7 @@ from flux_attention.data.sample import Sample
 from flux_attention.models.adapter import load_adapter
 from flux_attention.models.attach import attach
 from flux_attention.training.launch import PackRun, run
+from flux_attention.training.scale import ScaleConfig
 
 from .test_cli import run as command  # noqa: F401  (a fixture)
 from .tiny_backbone import save_all
@@ -60,6 +61,18 @@ def test_from_rows_to_an_adapter(command, backbone, rows, tmp_path):  # noqa: F8
     assert code == 2 and "other settings (then → now): data: " in err
     model = AutoModelForCausalLM.from_pretrained(backbone)
     attach(model, out)
+
+
+def test_the_seed_is_the_whole_of_chance(command, backbone, rows, tmp_path):  # noqa: F811
+    data = tmp_path / "data"
+    assert command("data", "build", rows, "--out", data, "--model", backbone, "--pack-tokens", 2048)[0] == 0
+    found = []
+    for i, seed in enumerate((0, 0, 1)):
+        scale = ScaleConfig(objective="distill", pack_tokens=2048, steps=2, accumulation=1, seed=seed)
+        plan = PackRun(model=str(backbone), data=data, out=tmp_path / f"{i}", runs=tmp_path / f"runs{i}", scale=scale)
+        run(plan, device="cpu", progress=False)
+        found.append([value for _, value in sorted(load_adapter(tmp_path / f"{i}").state.items())])
+    assert all(map(torch.equal, found[0], found[1])) and not all(map(torch.equal, found[0], found[2]))
 
 
 def test_check_names_bad_rows(command, backbone, rows):  # noqa: F811

@@ -146,10 +146,15 @@ def write_results(
     data["figures"] = [figure.to_dict() for figure in figures]
     if details:
         data["details"] = dict(details)
-    slug = re.sub(r"[^a-z0-9]+", "-", str(data["device"]).split(",")[0].lower()).strip("-")
-    path = Path(folder) / f"{name}-{slug}.json"
+    path = results_path(name, str(data["device"]), folder)
     write_json(path, data)
     return path
+
+
+def results_path(name: str, device: str, folder: Path = RESULTS) -> Path:
+    """File of program or suite `name` on the device with `device_name` `device`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
+    return Path(folder) / f"{name}-{slug}.json"
 
 
 def write_json(path: Path, data: Any) -> None:

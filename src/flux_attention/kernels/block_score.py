@@ -176,7 +176,8 @@ def select_blocks_triton(
                     threshold,
                     STRIDE=stride,
                     ROWS=rows,
-                    BLOCK=triton.next_power_of_2(n_k),
+                    # Below one block a thread nothing gets cheaper, and each power of two is compiled.
+                    BLOCK=max(128, triton.next_power_of_2(n_k)),
                     num_warps=4 if n_k <= 2048 else 8,
                 )
     return chosen

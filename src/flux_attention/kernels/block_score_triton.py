@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Lengths and chunks differ from request to request: none of them is worth a compilation of its own.
+@triton.jit(do_not_specialize=["start", "n_q", "n_k", "row0", "n_rows", "n_blocks", "head0", "group"])
 def score_kernel(
     p_q, p_k, p_lse, start, n_q, n_k, row0, n_rows, n_blocks, head0, group, scale2,
     stride_qn, stride_qh, stride_kn, stride_kh,
@@ -62,7 +63,7 @@ def score_kernel(
         tl.store(p_lse + (i_h.to(tl.int64) * n_rows + o_r[:, None]) * n_blocks + o_j[None, :], b_lse, mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "n_q", "block0", "n_rows", "n_blocks", "head0", "n_q_blocks", "first"])
 def choose_kernel(
     p_lse, p_chosen, start, n_q, block0, n_rows, n_blocks, head0, n_q_blocks, first, threshold,
     STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -123,6 +123,8 @@ def run(plan: PackRun, *, resume: bool = False, device: str = "auto", progress: 
             f"{plan.data} holds token {samples.largest_token}, but {plan.model} has "
             f"{model.get_input_embeddings().num_embeddings}: build the data with this model's tokenizer"
         )
+    # The router's first weights: the Trainer sets the seed too late for them.
+    torch.manual_seed(plan.scale.seed)
     controller = attach(model, plan.flux if start is None else start)
     if start is None and plan.calibrate and not resume:
         calibrate(controller, samples, plan.calibrate)

@@ -70,12 +70,16 @@ def train(
     mixture = Mixture(lengths=tokens, seed=seed)
     notes = make_console(stderr=True)
     with notes.status("loading"):
+        import torch
+
         from flux_attention.models.attach import attach
         from flux_attention.models.backbones import load_backbone
 
         where = choose_device(device)
         quiet()
         backbone, tokenizer = load_backbone(model, dtype=choose_dtype(dtype, where), device=where)
+        # The router's first weights: the Trainer sets the seed too late for them.
+        torch.manual_seed(seed)
         controller = attach(backbone, config)
         if data is not None:
             rows = list(samples_from_rows(data, tokenizer, RowFormat(max_length=max(tokens))))
