@@ -182,6 +182,13 @@ def test_an_unknown_family_or_model_is_named(run, tmp_path):
     assert code == 2 and f"backbone '{tmp_path}' cannot be loaded" in err
 
 
+def test_training_lengths_are_checked_before_the_run(run, places, tmp_path):
+    for lengths, message in (("300", "needs more than length=300 tokens"), ("9000", "--lengths 9000 is over the")):
+        code, _, err = run("train", *places[:2], *places[4:], "--out", tmp_path / "a", "--lengths", lengths)
+        assert code == 2 and message in err and "0/300" not in err
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_missing_adapter_says_what_to_do(run, places):
     code, _, err = run("demo", *places[:2])
     assert code == 2 and "no shipped adapter fits" in err and "flux-attn train" in err
@@ -198,13 +205,6 @@ def test_training_settings_are_checked_first(run, tmp_path):
     ):
         code, _, err = run("train", "--model", "/nowhere", "--out", tmp_path, *options)
         assert code == 2 and message in err
-
-
-def test_training_lengths_are_checked_before_the_run(run, places, tmp_path):
-    for lengths, message in (("300", "needs more than length=300 tokens"), ("9000", "--lengths 9000 is over the")):
-        code, _, err = run("train", *places[:2], *places[4:], "--out", tmp_path / "a", "--lengths", lengths)
-        assert code == 2 and message in err and "0/300" not in err
-    assert not (tmp_path / "a").exists()
 
 
 def test_debug_shows_where_an_error_came_from():
