@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from flux_attention.cli import main
 from flux_attention.models.adapter import load_adapter
@@ -169,6 +168,8 @@ def test_bad_input_is_one_line(run, places, arguments, message):
 
 
 def test_an_unknown_family_or_model_is_named(run, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=259, bos_token_id=1, eos_token_id=2))
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
