@@ -321,6 +321,8 @@ def generate(
     limit = max_new_tokens if max_new_tokens is not None else (config.max_new_tokens or 20)
     if limit < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+    if isinstance(input_ids, Tensor) and input_ids.ndim == 2 and input_ids.numel() and attention_mask is None:
+        controller.check_padding(input_ids)
     prompts = _prompts(input_ids, attention_mask)
     lengths = [prompt.numel() for prompt in prompts]
     _check_lengths(controller, lengths, limit)

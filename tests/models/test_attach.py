@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, StaticCache
 
 from flux_attention.config import FluxConfig
-from flux_attention.kernels.reference import streaming_attention as _oracle  # noqa: F401  (the oracle must exist)
 from flux_attention.models.attach import attach, attached, detach
 from flux_attention.models.step import SoftRouting
-from flux_attention.route import AllSparse, Dense, Dial, Fixed, Random, Route
+from flux_attention.route import AllSparse, Dense, Dial, Fixed, Random, Route, Static
 from tests.models.tiny import (
     CONFIG,
     FAMILIES,
@@ -68,6 +67,29 @@ def test_sparse_layers_change_long_prompts_and_no_short_ones(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+def test_all_sparse_is_the_model_under_the_definitions_mask(family):
+    """Written out as transformers' own 4D mask: k ≤ t with k < sink or k ≥ A·⌊t/A⌋ − window."""
+    model = make_model(family)
+    (prompt,) = make_prompts(150)
+    t, k = torch.arange(150)[:, None], torch.arange(150)[None]
+    block = CONFIG.block_tokens
+    seen = (k <= t) & ((k < CONFIG.sink_tokens) | (k >= block * (t // block) - CONFIG.window_tokens))
+    expected = model(prompt[None], attention_mask=seen[None, None], use_cache=False).logits
+    controller = attach(model, CONFIG)
+    with controller.using(AllSparse()):
+        assert (model(prompt[None], use_cache=False).logits - expected).abs().max() <= TOLERANCE
+
+
+def test_sliding_layers_are_left_alone():
+    model = make_model("gemma3")
+    controller = attach(model, CONFIG)
+    assert controller.layers == (1, 3) and controller.router.num_layers == 2
+    with pytest.raises(ValueError, match="routable layers are 0 … 1"), controller.using(Static((2,))):
+        model(torch.full((1, 60), 5))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("widths", [(90, 60), (90, 33, 1, 1, 20, 5), (80, *[1] * 70)])
 def test_chunks_and_decode_equal_the_whole(model, widths):
     """prefill(n + m) = prefill(n) + decode(m) = chunks, in a left-padded batch of mixed routes and lengths."""
@@ -119,6 +141,34 @@ def test_a_row_is_the_same_alone(model, padding):
             together = [row[m.bool()] for row, m in zip(out, mask, strict=True)]
     for a, b in zip(alone, together, strict=True):
         assert (a - b).abs().max().item() <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pair", [("full", "triangle"), ("full", "xattention"), ("xattention", "streaming")])
+def test_a_row_of_any_mode_is_the_same_alone(pair):
+    retrieval, sparse = pair
+    model = make_model("llama")
+    controller = attach(model, copy_config(retrieval_mode=retrieval, sparse_mode=sparse))
+    prompts, route = make_prompts(*LENGTHS), mixed_route(4, 3)
+    ids, mask = left_pad(prompts)
+    with controller.using(Fixed(route)):
+        together = logits_of(model, ids, mask)
+    for row, prompt in enumerate(prompts):
+        with controller.using(Fixed(route.select([row]))):
+            alone = model(prompt[None], use_cache=False).logits[0]
+        assert (together[row][mask[row].bool()] - alone).abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router_input", ["inline", "probe"])
+def test_short_prompts_never_reach_the_router(router_input, monkeypatch):
+    model = make_model("llama")
+    controller = attach(model, copy_config(router_input=router_input))
+    for name in ("forward", "p_full"):
+        monkeypatch.setattr(type(controller.router), name, lambda *_: pytest.fail("the router ran"))
+    (prompt,) = make_prompts(CONFIG.min_routed_tokens)
+    model(prompt[None])
+    assert controller.last_route is not None and controller.last_route.use_full.all()
 
 
 @torch.no_grad()
@@ -199,6 +249,10 @@ def test_beam_search_of_transformers(model):
     controller = attach(model, CONFIG)
     with controller.using(Dense()):
         assert torch.equal(model.generate(ids, **options), expected)
+    # Beams of a prompt share its route; without a cache there is nothing to reorder.
+    route = mixed_route(len(controller.layers), 3).select([row for row in range(3) for _ in range(3)])
+    with controller.using(Fixed(route)):
+        assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, use_cache=False))
 
 
 @torch.no_grad()
@@ -375,5 +429,9 @@ def test_bad_routes_and_dials():
     for value in (-0.1, 1.1, float("nan"), True, "x"):
         with pytest.raises(ValueError, match="min_sparsity"):
             Dial(min_sparsity=value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1025 tokens exceed the model's context of 1024"):
+        controller.route(make_prompts(60, 1025))
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        controller.route(make_prompts(60, 0))
     with pytest.raises(ValueError, match="not inputs_embeds"), torch.no_grad():
         model(inputs_embeds=torch.zeros(1, 60, 96))

@@ -98,6 +98,7 @@ def test_small_pool_is_refused_before_any_work():
     [
         ({"input_ids": []}, "no prompt"),
         ({"input_ids": [torch.zeros(0, dtype=torch.long)]}, "prompt 0 is empty"),
+        ({"input_ids": torch.tensor([[0, 5, 6], [4, 5, 6]])}, "padding token 0 and has no attention_mask"),
         ({"input_ids": torch.full((1, 1020), 5), "max_new_tokens": 10}, "context of 1024"),
         ({"input_ids": torch.full((1, 9), 5), "max_new_tokens": 0}, "at least 1"),
         ({"input_ids": torch.full((1, 9), 5), "generation_config": GenerationConfig(num_beams=4)}, "num_beams=4"),

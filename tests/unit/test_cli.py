@@ -11,7 +11,7 @@ import torch
 from flux_attention.cli import main
 from flux_attention.models.adapter import load_adapter
 
-from .tiny_backbone import LAYERS, save_all
+from .tiny_backbone import LAYERS, make_tokenizer, save_all
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_train_writes_an_adapter(run, places, tmp_path):
     rows = tmp_path / "rows.jsonl"
     row = {"context": "The code is 7. " * 40, "question": "Which code?", "answer": "7", "task": "qa"}
     rows.write_text("\n".join(json.dumps(row) for _ in range(2)))
-    settings = ("--steps", 2, "--batch-size", 1, "--accumulation", 1, "--lengths", "900", "--window-tokens", 128)
+    settings = ("--steps", 2, "--batch-size", 1, "--accumulation", 1, "--lengths", "3000", "--window-tokens", 128)
     out = tmp_path / "adapter"
     where = ("--out", out, "--runs", tmp_path / "runs", "--data", rows, "--save-steps", 0)
     code, _, err = run("train", *places[:2], *places[4:], *settings, *where)
@@ -156,6 +156,7 @@ BAD = [
     (["route", "-f", "/nowhere/at/all"], "/nowhere/at/all"),
     (["generate", "-p", "x", "--top-p", "0"], "--top-p in (0, 1]"),
     (["generate", "-p", "x" * 9000], "context"),
+    (["route", "-p", "x" * 9000], "exceed the model's context of 8192"),
     (["eval", "--suite", "guess"], "unknown suite 'guess'; known: needle, continuation, quick"),
     (["eval", "--scoring", "guess"], "scoring must be one of auto, forced, generated"),
     (["eval", "-n", "1"], "n must be at least 2"),
@@ -175,6 +176,29 @@ def test_bad_input_is_one_line(run, places, arguments, message):
     assert out == "" or command == "demo"
 
 
+def test_an_unknown_family_or_model_is_named(run, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=259, bos_token_id=1, eos_token_id=2))
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    for command in (("generate", "-p", "x"), ("route", "-p", "x"), ("eval",), ("demo",), ("train", "--out", tmp_path)):
+        code, _, err = run(*command, "--model", tmp_path)
+        assert code == 2 and "model family 'gpt2' is not known" in err
+    code, _, err = run("generate", "-p", "x", "--model", tmp_path / "nowhere")
+    assert code == 2 and "nowhere': no such folder" in err
+    (tmp_path / "model.safetensors").unlink()
+    code, _, err = run("generate", "-p", "x", "--model", tmp_path)
+    assert code == 2 and f"backbone '{tmp_path}' cannot be loaded" in err
+
+
+def test_training_lengths_are_checked_before_the_run(run, places, tmp_path):
+    for lengths, message in (("300", "needs more than length=300 tokens"), ("9000", "--lengths 9000 is over the")):
+        code, _, err = run("train", *places[:2], *places[4:], "--out", tmp_path / "a", "--lengths", lengths)
+        assert code == 2 and message in err and "0/300" not in err
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_missing_adapter_says_what_to_do(run, places):
     code, _, err = run("demo", *places[:2])
     assert code == 2 and "no shipped adapter fits" in err and "flux-attn train" in err
@@ -186,6 +210,7 @@ def test_training_settings_are_checked_first(run, tmp_path):
     for options, message in (
         (("--objective", "guess"), "--objective must be lm or distill"),
         (("--lengths", "a,b"), "--lengths must be numbers"),
+        (("--data-share", 2), "--data-share must be in [0, 1], got 2.0"),
         (("--window-tokens", 100), "window_tokens must be a positive multiple of block_tokens (128), got 100"),
     ):
         code, _, err = run("train", "--model", "/nowhere", "--out", tmp_path, *options)

@@ -20,7 +20,7 @@ from flux_attention.models.adapter import shipped_adapters as shipped
 from flux_attention.models.attach import attach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.models.controller import FluxAttention
-from flux_attention.models.families import routable_layers
+from flux_attention.models.families import family_of, routable_layers
 from flux_attention.report import RouteRow
 from flux_attention.route import Dial, Policy, Route, parse_policy
 
@@ -48,12 +48,15 @@ class Session:
 
 def quiet() -> None:
     """Libraries' notices are for developers; whoever types a command wants its result."""
+    import logging
     import warnings
 
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Without a network it tells of every retry.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|torch)\.")
 
 
@@ -82,9 +85,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def find_adapter(model: Any) -> Adapter:
     """The shipped adapter that fits a model.
 
-    Raises AdapterError, saying how to get one, when none does.
+    Raises AdapterError, saying how to get one, when none does; ValueError for a model of an unknown family.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    family_of(decoder.config.model_type)
     found = describe_backbone(model, routable_layers(decoder.config))
     for folder in shipped().values():
         adapter = load_adapter(folder)

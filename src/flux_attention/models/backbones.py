@@ -81,7 +81,8 @@ def load_backbone(
         (model, tokenizer) of transformers. No parameter requires a gradient.
 
     Raises:
-        FileNotFoundError: the package or file is not there; the message says what to install.
+        FileNotFoundError: the package, file or folder is not there; the message says what to install.
+        OSError: a checkpoint that transformers cannot find or read; the message names it.
         ModuleNotFoundError: the `gguf` package is needed and missing.
         ValueError: `gguf_path` beside another `name_or_path`, or a GGUF that cannot be read.
     """
@@ -91,8 +92,16 @@ def load_backbone(
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        place = Path(name_or_path).expanduser()
+        # A path is never asked for on the Hub, which would answer with what a name may look like.
+        if not place.is_dir() and (place.is_absolute() or str(name_or_path)[:1] == "." or len(place.parts) > 2):
+            raise FileNotFoundError(f"backbone {str(name_or_path)!r}: no such folder")
+        source = place if place.is_dir() else name_or_path
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except OSError as error:
+            raise OSError(f"backbone {str(name_or_path)!r} cannot be loaded: {error}") from error
     # Decoders are prompted in batches whose rows end together.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

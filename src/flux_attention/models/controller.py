@@ -131,12 +131,14 @@ class FluxAttention:
     def route(self, prompts: Sequence[Tensor]) -> Route:
         """Routes of prompts (int64 `[n]` each) by the current policy and dial, without prefilling them.
 
-        Raises ValueError with an inline router, which needs the prefill itself.
+        Raises ValueError for an empty prompt, one over the model's context, and with an inline router, which needs the
+        prefill itself.
         """
         prompts = [prompt.reshape(-1) for prompt in prompts]
         for i, prompt in enumerate(prompts):
             if prompt.numel() == 0:
                 raise ValueError(f"prompt {i} is empty")
+            self._check_context(prompt.numel())
         if self.policy is not None:
             return self.policy(PolicyContext(len(self.layers), tuple(p.cpu() for p in prompts)))
         if self.config.router_input == "inline":
@@ -205,11 +207,9 @@ class FluxAttention:
         layout = self._soft.layout if self._soft is not None else None
         if layout is None:
             layout = Layout.of(batch, columns, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
-        longest = max(layout.ends)
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
-            raise ValueError(f"{longest} tokens exceed the model's context of {limit}")
-        self._check_padding(kwargs, layout, cache)
+        self._check_context(max(layout.ends))
+        if kwargs.get("attention_mask") is None and (cache is None or cache.is_empty):
+            self.check_padding(kwargs.get("input_ids"))
         step = Step(layout, cache)
         if self._prompt_tokens is not None:
             step.prompt_ends = tuple(self._prompt_tokens)
@@ -258,13 +258,18 @@ class FluxAttention:
         kwargs["past_key_values"] = cache
         return cache
 
-    def _check_padding(self, kwargs: dict[str, Any], layout: Layout, cache: FluxCache | None) -> None:
-        """Pad tokens without a mask would be routed and attended to as text."""
-        ids = kwargs.get("input_ids")
+    def _check_context(self, tokens: int) -> None:
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise ValueError(f"{tokens} tokens exceed the model's context of {limit}")
+
+    def check_padding(self, ids: Tensor | None) -> None:
+        """Refuse a batch `[B, T]` without a mask that is padded: pad tokens would be routed and attended to as text.
+
+        Raises ValueError, naming the pad token.
+        """
         pad = getattr(self.decoder.config, "pad_token_id", None)
-        if kwargs.get("attention_mask") is not None or ids is None or pad is None or layout.batch == 1:
-            return
-        if cache is not None and not cache.is_empty:
+        if ids is None or pad is None or ids.shape[0] == 1:
             return
         ends = torch.cat((ids[:, 0], ids[:, -1]))
         if bool((ends == pad).any()):

@@ -43,12 +43,14 @@ def train(
     """Train a router for a frozen model, on your own rows, on built-in tasks, or on both."""
     from flux_attention.cli.session import choose_device, choose_dtype, quiet
     from flux_attention.config import FluxConfig
-    from flux_attention.data import HOLISTIC, RETRIEVAL
+    from flux_attention.data import HOLISTIC, RETRIEVAL, make_sample
     from flux_attention.training.data import Mixture, MixtureDataset, RowFormat, samples_from_rows
     from flux_attention.training.trainer import RouterTrainer, TrainConfig
 
     if objective not in ("lm", "distill"):
         raise ValueError(f"--objective must be lm or distill, got {objective!r}")
+    if not 0 <= data_share <= 1:
+        raise ValueError(f"--data-share must be in [0, 1], got {data_share}")
     tokens = numbers("--lengths", lengths, int)
     # Whatever is wrong with the settings is said before the model is loaded.
     config = FluxConfig(
@@ -81,9 +83,15 @@ def train(
         # The router's first weights: the Trainer sets the seed too late for them.
         torch.manual_seed(seed)
         controller = attach(backbone, config)
+        context = getattr(controller.decoder.config, "max_position_embeddings", None)
+        if context is not None and max(tokens) > context:
+            raise ValueError(f"--lengths {max(tokens)} is over the model's context of {context} tokens")
         if data is not None:
             rows = list(samples_from_rows(data, tokenizer, RowFormat(max_length=max(tokens))))
             mixture = Mixture(lengths=tokens, seed=seed, extra=rows, extra_share=data_share)
+        for task in mixture.tasks:
+            # One of each: a length too short for a task is said now, not in the middle of the run.
+            make_sample(task, 0, min(tokens), seed, mixture.split, tokenizer)
     samples = MixtureDataset(mixture, tokenizer, steps * batch_size * accumulation)
     trainer = RouterTrainer(controller, recipe, samples, runs, report_to=() if report_to == "none" else (report_to,))
     trainer.train(resume_from_checkpoint=resume)
