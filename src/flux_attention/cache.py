@@ -10,12 +10,14 @@ Shapes: `L` routable layers, `B` rows, `page` tokens of a page (= `block_tokens`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from flux_attention.config import FluxConfig
@@ -166,8 +168,24 @@ class _RoutedLayer(CacheLayerMixin):
         raise NotImplementedError("reorder the whole FluxCache, not one of its layers")
 
 
+#: What a model calls its cache, argument and output alike: from transformers 5.24 on, and before.
+CACHE_KEYWORDS = ("cache", "past_key_values")
+
+
+def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """The cache as the keyword argument that this model or decoder takes it by."""
+    return {_keyword(type(module).forward): cache}
+
+
+@functools.cache
+def _keyword(forward: Callable[..., Any]) -> str:
+    return next(name for name in CACHE_KEYWORDS if name in inspect.signature(forward).parameters)
+
+
 class FluxCache(Cache):
-    """Cache for an attached model; pass it as `past_key_values`, or let the model make one.
+    """Cache for an attached model; pass it as the model's `cache` argument, or let the model make one.
+
+    Before transformers 5.24 the argument is called `past_key_values`, which later versions take, too.
 
     The route of each row is decided at its prefill and stays with the cache: a second turn on the same cache keeps
     it. To route a longer conversation anew, start from a new cache.

@@ -23,7 +23,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from flux_attention.cache import FluxCache, MemoryReport, PagePool
+from flux_attention.cache import FluxCache, MemoryReport, PagePool, cache_argument
 from flux_attention.kernels import paged_decode
 from flux_attention.models.attach import attached
 from flux_attention.models.controller import FluxAttention
@@ -151,9 +151,8 @@ class _Decoder:
     def _forward(self) -> Tensor:
         model = self.controller.model
         with self.controller.stepping(self.cache, Layout.decode(self.cache.lengths)):
-            logits: Tensor = model(
-                input_ids=self.ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True
-            ).logits
+            kept = cache_argument(model, self.cache)
+            logits: Tensor = model(input_ids=self.ids, position_ids=self.positions, use_cache=True, **kept).logits
         return logits[:, -1]
 
     def _capture(self) -> None:
@@ -249,8 +248,9 @@ def prefill(
                 positions = torch.cat([torch.arange(a, b) for a, b in spans]).to(device)[None]
                 layout = Layout.pack(rows, counts, [cache.lengths[r] for r in rows])
                 with controller.stepping(cache, layout):
+                    kept = cache_argument(controller.decoder, cache)
                     hidden = controller.decoder(
-                        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+                        input_ids=ids, position_ids=positions, use_cache=True, **kept
                     ).last_hidden_state[0]
                 end = 0
                 new = [0] * len(prompts)
@@ -406,8 +406,9 @@ def _padded_prefill(
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     policy = controller.policy if route is None else Fixed(route)
     with controller.using(policy, controller.dial):
+        kept = cache_argument(controller.decoder, cache)
         hidden = controller.decoder(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **kept
         ).last_hidden_state
     logits: Tensor = controller.model.get_output_embeddings()(hidden[:, -1])
     return logits

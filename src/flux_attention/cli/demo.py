@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import GenerationConfig
 
-from flux_attention.cache import MemoryReport
+from flux_attention.cache import CACHE_KEYWORDS, MemoryReport, cache_argument
 from flux_attention.cli.session import route_row
 from flux_attention.cli.terminal import print_routes, print_table
 from flux_attention.data import Sample, make_sample
@@ -133,7 +133,8 @@ def _plain_pass(model: Any, ids: Tensor, new_tokens: int) -> tuple[list[int], fl
     _sync(ids.device)
     times = [time.perf_counter()]
     for _ in range(new_tokens - 1):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        kept = next(out[name] for name in CACHE_KEYWORDS if name in out)
+        out = model(input_ids=token, use_cache=True, **cache_argument(model, kept))
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         found.append(int(token))
         times.append(time.perf_counter())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flux_attention.cache import cache_argument
 from flux_attention.data import Sample
 from flux_attention.data.progress import Progress
 from flux_attention.data.sample_set import SampleSet, make_sample_set, prepared_samples
@@ -196,7 +197,7 @@ def kv_shares_held(
     for sample in progress(batches, len(batches), "KV memory") if progress else batches:
         cache = controller.new_cache()
         ids = torch.tensor(sample.prompt_ids, device=controller.device)[None]
-        controller.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        controller.decoder(input_ids=ids, use_cache=True, **cache_argument(controller.decoder, cache))
         found.append(cache.memory().share)
     return found
 

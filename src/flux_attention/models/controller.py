@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from flux_attention.cache import FluxCache, PagePool, append_token
+from flux_attention.cache import CACHE_KEYWORDS, FluxCache, PagePool, append_token, cache_argument
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import paged_decode
 from flux_attention.models.delta import AppliedDelta
@@ -234,7 +234,8 @@ class FluxAttention:
 
     def _take_cache(self, kwargs: dict[str, Any]) -> FluxCache | None:
         """The FluxCache of this call, put in the place of the empty cache that transformers made."""
-        cache = kwargs.get("past_key_values")
+        given = [kwargs.pop(name, None) for name in CACHE_KEYWORDS]
+        cache = next((cache for cache in given if cache is not None), None)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.decoder.training
@@ -244,18 +245,19 @@ class FluxAttention:
                 raise ValueError("training passes blend both sides of every layer and keep no cache: use_cache=False")
             kwargs["use_cache"] = False
             return None
-        if isinstance(cache, FluxCache):
-            return cache
         if cache is None and not use_cache:
             return None
+        if isinstance(cache, FluxCache):
+            kwargs |= cache_argument(self.decoder, cache)
+            return cache
         if cache is not None and not (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0):
             state = "holds tokens" if isinstance(cache, DynamicCache) else "is of a fixed layout"
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__} that {state}; an attached model keeps its keys in a "
+                f"the cache is a {type(cache).__name__} that {state}; an attached model keeps its keys in a "
                 "FluxCache. Pass none, or the FluxCache of an earlier call, and no cache_implementation"
             )
         cache = self.new_cache()
-        kwargs["past_key_values"] = cache
+        kwargs |= cache_argument(self.decoder, cache)
         return cache
 
     def _check_context(self, tokens: int) -> None:

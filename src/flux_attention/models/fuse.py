@@ -153,7 +153,6 @@ class _Layer:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
@@ -162,7 +161,6 @@ class _Layer:
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             "use_cache": use_cache,
             "position_embeddings": position_embeddings,
             **kwargs,
@@ -190,7 +188,6 @@ class _Layer:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention module, `[B, T, H]` → `[B, T, H]`."""
@@ -201,7 +198,6 @@ class _Layer:
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 **kwargs,
             )
             return out
