@@ -179,7 +179,7 @@ def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
 
 @functools.cache
 def _keyword(forward: Callable[..., Any]) -> str:
-    return next(name for name in CACHE_KEYWORDS if name in inspect.signature(forward).parameters)
+    return CACHE_KEYWORDS[0 if CACHE_KEYWORDS[0] in inspect.signature(forward).parameters else 1]
 
 
 class FluxCache(Cache):

@@ -103,9 +103,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "ulysses_inline": {"sequence_parallel": 2, "router_input": "inline", "objective": "distill"},
     "fails": {"accumulation": 1, "callbacks": (FailAt(2, killed=False),)},
     "dies": {"accumulation": 1, "callbacks": (FailAt(2, killed=True),)},
-    "dies_later": {"accumulation": 1, "save_steps": 2, "callbacks": (FailAt(5, killed=True),)},
-    # What is left of the run before it.
-    "resumes": {"accumulation": 1, "save_steps": 2, "resume": True},
 }
 
 
@@ -120,11 +117,9 @@ def main() -> None:
         killed(folder, int(sys.argv[3]), sys.argv[4] == "saving")
     for job in sys.argv[2:]:
         options = dict(JOBS[job])
-        resume = options.pop("resume", False)
-        runs = folder / ("dies_later" if resume else job)
-        trainer = make_trainer(runs, options.pop("router_input", "probe"), **options)
+        trainer = make_trainer(folder / job, options.pop("router_input", "probe"), **options)
         weights = {n: p.detach().clone() for n, p in trainer.flux_controller.model.named_parameters()}
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train()
         assert all(p.grad is None for p in trainer.flux_controller.model.parameters())
         found = outcome(trainer)
         after = dict(trainer.flux_controller.model.named_parameters())

@@ -114,17 +114,6 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, straight, moment):
         assert torch.equal(found["parameters"][name], value), name
 
 
-def test_ranks_resume_to_one_processs_numbers(tmp_path, straight):
-    """One of two ranks is killed between two saves; the next launch goes on from the last."""
-    assert "Signal 9 (SIGKILL)" in launch(tmp_path, "dies_later").stderr
-    assert newest_checkpoint(tmp_path / "dies_later").name == "checkpoint-4"
-    done = launch(tmp_path, "resumes")
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [torch.load(tmp_path / f"resumes-{rank}.pt") for rank in (0, 1)]
-    assert_same(ranks[0], straight["lm"], 1e-5)
-    assert all(torch.equal(value, ranks[1]["parameters"][name]) for name, value in ranks[0]["parameters"].items())
-
-
 def test_resuming_with_other_settings_lists_them(tmp_path):
     make_trainer(tmp_path, steps=2, save_steps=1).train()
     changed = make_trainer(tmp_path, steps=2, save_steps=1, router_lr=1e-4, accumulation=3)
