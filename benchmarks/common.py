@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -29,6 +30,14 @@ from flux_attention.evaluation.results import (  # noqa: E402
     results_path,
     write_results,
 )
+
+
+def add_run_options(parser: argparse.ArgumentParser, tiny: str = "toy sizes, to try the program itself") -> None:
+    """Where a benchmark runs and what it writes; `tiny`: help of `--tiny`."""
+    parser.add_argument("--tiny", action="store_true", help=tiny)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
+    parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
 
 
 def sync(device: torch.device) -> None:

@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Recorder, consecutive_ms, label, median_ms, once_ms, program_name, run_sections, sync
+from common import (
+    Recorder,
+    add_run_options,
+    consecutive_ms,
+    label,
+    median_ms,
+    once_ms,
+    program_name,
+    run_sections,
+    sync,
+)
 from model_8b import ForcedDensity, NoAttention, build, qwen3_8b, random_blocks, toy
 from routing import routing
 from torch import Tensor
@@ -495,10 +505,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no section after that")
     parser.add_argument("--steps", type=int, default=30, help="decode steps that are timed")
     parser.add_argument("--layers", type=int, default=36, help="of the model; other than 36 writes no figures")
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program itself")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
-    parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
+    add_run_options(parser, tiny="a toy model, to try the program itself")
     return parser.parse_args(arguments)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Recorder, graphed, label, once_ms, run_sections, sync
+from common import Recorder, add_run_options, graphed, label, once_ms, run_sections, sync
 from tests.kernels import fuzz
 from torch import Tensor
 
@@ -159,10 +159,7 @@ def measure(setup: Setup, record: Recorder) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="8192,16384,32768,65536,131072,262144", help="tokens of the context")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the program itself")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
-    parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
+    add_run_options(parser)
     options = parser.parse_args(arguments)
     device, tiny = torch.device(options.device), options.tiny
     if device.type != "cuda" and not tiny:

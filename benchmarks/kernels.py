@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Recorder, graphed, interleaved_ms, label, median_ms, program_name, run_sections
+from common import (
+    ROOT,
+    Recorder,
+    add_run_options,
+    graphed,
+    interleaved_ms,
+    label,
+    median_ms,
+    program_name,
+    run_sections,
+)
 from tests.kernels import fuzz
 from torch import Tensor
 
@@ -409,8 +419,6 @@ RUN: dict[str, Callable[[Setup, Recorder], None]] = {
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, launch configurations and shapes")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the program itself")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", default=",".join(SECTIONS), help=", ".join(RUN))
     parser.add_argument("--fuzz", type=int, default=None, metavar="N", help="random shapes per kernel (500)")
     parser.add_argument("--fuzz-seconds", type=float, default=240, help="no shape begins later; ends within 10 more")
@@ -420,8 +428,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="kernels to check; of the others, results with the same code and device stay in the file",
     )
     parser.add_argument("--fuzz-share", metavar="OP:I:OF:N:UNTIL", help="check one share, print it as JSON and end")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
-    parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
+    add_run_options(parser)
     return parser.parse_args(arguments)
 
 

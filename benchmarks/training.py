@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Recorder, label, run_sections, sync
+from common import Recorder, add_run_options, label, run_sections, sync
 from end_to_end import build, qwen3_8b, toy
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
@@ -290,10 +290,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparse-impl", default=None, help="of the sparse side alone")
     parser.add_argument("--offload", action="store_true", help="keep the layers' inputs in the host's memory")
     parser.add_argument("--layers", type=int, default=36, help="of the model; other than 36 writes no figures")
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program itself")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
-    parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
+    add_run_options(parser, tiny="a toy model, to try the program itself")
     return parser.parse_args(arguments)
 
 
