@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_attention.kernels.fused import router_logits
@@ -165,26 +164,28 @@ class LayerRouter(nn.Module):
                 f"pooled queries {tuple(pooled.shape)} do not fit a router of {self.num_layers} layers, "
                 f"head dim {self.head_dim}"
             )
-        x = (x.to(self.input_mean.dtype) - self.input_mean[rows, None]) * self.input_scale[rows, None]
-        for weight, bias, active in zip(self.weights, self.biases, self.ACTIVE, strict=True):
-            x = torch.baddbmm(bias[rows, None], x, weight[rows].transpose(1, 2))
-            x = F.silu(x) if active else x
-        return x if layer is None else x[0]
+        logits = self._logits(x.to(self.input_mean.dtype)[:, :, None], rows, impl="torch")
+        return logits if layer is None else logits[0]
 
     def from_parts(self, parts: Tensor, layer: int | None = None) -> Tensor:
         """Logits as `forward` gives them, from pooled queries in parts: `[L, S, parts, D]`, or `[S, parts, D]` with
         `layer`. Inference, in few launches.
         """
         rows = slice(None) if layer is None else slice(layer, layer + 1)
-        logits = router_logits(
-            parts if layer is None else parts[None],
+        logits = self._logits(parts if layer is None else parts[None], rows, impl="auto")
+        return logits if layer is None else logits[0]
+
+    def _logits(self, parts: Tensor, rows: slice, impl: str) -> Tensor:
+        """`router_logits` of some layers."""
+        return router_logits(
+            parts,
             self.input_mean[rows],
             self.input_scale[rows],
             [weight[rows] for weight in self.weights],
             [bias[rows] for bias in self.biases],
             self.ACTIVE,
+            impl=impl,
         )
-        return logits if layer is None else logits[0]
 
     def p_full(self, pooled: Tensor, layer: int | None = None) -> Tensor:
         """Probability of full attention, `[L, S]` or `[S]`."""

@@ -279,7 +279,7 @@ def router_logits(
     """Routers of `L` layers on pooled queries in parts, `[L, S, parts, D]` → logits `[L, S, 2]`, float32.
 
     `mean, scale [L, D]` whiten the input; `weights [L, out, in]`, `biases [L, out]`, and whether SiLU follows, product
-    by product: an odd number of them. Triton takes two products a launch.
+    by product: an odd number of them. Triton takes two products a launch; torch has gradients.
     """
     if not _triton(parts, impl):
         x = (parts.sum(2) - mean[:, None]) * scale[:, None]
