@@ -25,7 +25,7 @@ from flux_attention.evaluation.entrants import (
     omega_of,
 )
 from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches
-from flux_attention.evaluation.pool import Backbone, Pool
+from flux_attention.evaluation.pool import Pool, PoolModel
 from flux_attention.evaluation.runner import Record, RunOptions, run_samples
 from flux_attention.evaluation.summary import cell_scores, summarise
 from flux_attention.models.adapter import Adapter
@@ -157,7 +157,7 @@ def test_several_processes_measure_what_one_does(adapter, tmp_path):
     model, tokenizer = load_backbone(backbone)
     config = replace(LIGHT, batch_tokens=2000)
     found = {}
-    with Pool(2, Backbone(str(backbone), torch.float32, "cpu", "auto")) as pool:
+    with Pool(2, PoolModel(str(backbone), torch.float32, "cpu", "auto")) as pool:
         for name, share in (("alone", None), ("pool", pool)):
             board = Board(model, tokenizer, [adapter], config, tmp_path / name, pool=share)
             cells = board.samples.test.cells
@@ -180,7 +180,7 @@ def test_several_processes_measure_what_one_does(adapter, tmp_path):
             for a, b in zip(records, theirs[cell], strict=True):
                 assert a.score == b.score and a.nll == pytest.approx(b.nll, abs=1e-4)
     with pytest.raises(ValueError, match="at least one process"):
-        Pool(0, Backbone(str(backbone), torch.float32, "cpu", "auto"))
+        Pool(0, PoolModel(str(backbone), torch.float32, "cpu", "auto"))
 
 
 def test_time_is_kept(model, adapter, tmp_path, monkeypatch):

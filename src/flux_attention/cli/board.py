@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from flux_attention.evaluation.board import Board, run_board
 from flux_attention.evaluation.board_config import BoardConfig, prepare
 from flux_attention.evaluation.entrants import POLICIES
 from flux_attention.evaluation.metrics import Estimate
-from flux_attention.evaluation.pool import Backbone, Pool
+from flux_attention.evaluation.pool import Pool, PoolModel
 from flux_attention.evaluation.results import environment, write_json, write_results
 from flux_attention.evaluation.summary import Row, Summary, summarise
 from flux_attention.models.adapter import load_adapter
@@ -54,11 +54,9 @@ def run(
         if only_prepare:
             notes.print(f"samples: [bold]{folder}[/bold]")
             return None
-        with ExitStack() as stack:
-            pool = None
-            if config.processes > 1:
-                # They load while this one does.
-                pool = stack.enter_context(Pool(config.processes, Backbone(model, kind, str(where), config.impl)))
+        source = PoolModel(model, kind, str(where), config.impl)
+        # Other processes load while this one does.
+        with Pool(config.processes, source) if config.processes > 1 else nullcontext() as pool:
             backbone.to(where)
             run_ = run_board(Board(backbone, tokenizer, loaded, config, folder, bars, further, pool))
     outcome = summarise(run_)

@@ -184,6 +184,14 @@ def _settings(cells: Sequence[tuple[str, int]], n: int, seed: int, split: str, t
     return {"cells": [list(cell) for cell in cells], "samples": n, "seed": seed, "split": split, "tokenizer": tokens}
 
 
+def _load_made_for(path: Path, settings: Mapping[str, Any]) -> SampleSet:
+    """A file of samples. Raises ValueError when it is damaged, or not made from these settings (it may have more)."""
+    found = SampleSet.load(path)
+    if {key: found.settings.get(key) for key in settings} != settings:
+        raise ValueError(f"{path} holds samples of other settings; delete it or keep these elsewhere")
+    return found
+
+
 def prepared_samples(
     folder: Path,
     cells: Sequence[tuple[str, int]],
@@ -202,10 +210,7 @@ def prepared_samples(
     wanted = _settings(cells, n, seed, split, tokenizer)
     path = folder / f"samples-{split}-{digest(wanted)}.xz"
     if path.is_file():
-        found = SampleSet.load(path)
-        if {key: found.settings.get(key) for key in wanted} != wanted:
-            raise ValueError(f"{path} holds samples of other settings; delete it or use another folder")
-        return found
+        return _load_made_for(path, wanted)
     made = make_sample_set(cells, n, seed, split, tokenizer, workers=workers, progress=progress)
     made.save(path)
     return made
@@ -224,10 +229,8 @@ def prepared_jobs(
     """
     settings = {"jobs": {name: [list(job) for job in some] for name, some in jobs.items()}}
     if path is not None and path.is_file():
-        found = SampleSet.load(path)
-        if found.settings != settings:
-            raise ValueError(f"{path} holds samples of other settings; delete it or name another file")
-        return {name: list(found.cells.get((name, 0), ())) for name in jobs}
+        cells = _load_made_for(path, settings).cells
+        return {name: list(cells.get((name, 0), ())) for name in jobs}
     made = iter(make_jobs([job for some in jobs.values() for job in some], tokenizer, workers=workers))
     result = {name: [next(made) for _ in some] for name, some in jobs.items()}
     if path is not None:

@@ -25,15 +25,15 @@ from flux_attention.models.backbones import load_backbone
 
 
 @dataclass(frozen=True)
-class Backbone:
+class PoolModel:
     """What a process loads.
 
     Attributes:
-        source: as `load_backbone` takes it.
+        name_or_path: as `load_backbone` takes it.
         impl: kernels of prefill.
     """
 
-    source: str
+    name_or_path: str
     dtype: torch.dtype
     device: str
     impl: str
@@ -47,13 +47,13 @@ class Pool:
         threads: of PyTorch in each, for work on the processor.
     """
 
-    def __init__(self, processes: int, backbone: Backbone, threads: int = 1) -> None:
+    def __init__(self, processes: int, model: PoolModel, threads: int = 1) -> None:
         if processes < 1:
             raise ValueError(f"a pool needs at least one process, got {processes}")
         self.processes = processes
         # A forked process cannot use CUDA.
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(processes, context, _start, (backbone, threads))
+        self._executor = ProcessPoolExecutor(processes, context, _start, (model, threads))
 
     def __enter__(self) -> Self:
         return self
@@ -89,17 +89,17 @@ class Pool:
 class _Process:
     """What a process holds between batches."""
 
-    backbone: Backbone
+    source: PoolModel
     model: Any
     tokenizer: Any
     config: FluxConfig | None = None
     controller: Any
 
 
-def _start(backbone: Backbone, threads: int) -> None:
+def _start(source: PoolModel, threads: int) -> None:
     torch.set_num_threads(threads)
-    _Process.backbone = backbone
-    _Process.model, _Process.tokenizer = load_backbone(backbone.source, backbone.dtype, backbone.device)
+    _Process.source = source
+    _Process.model, _Process.tokenizer = load_backbone(source.name_or_path, source.dtype, source.device)
 
 
 def _measure(
@@ -109,5 +109,5 @@ def _measure(
         if _Process.config is not None:
             detach(_Process.model)
         _Process.controller = attach(_Process.model, config)
-        _Process.controller.impl, _Process.config = _Process.backbone.impl, config
+        _Process.controller.impl, _Process.config = _Process.source.impl, config
     return outcomes_of(_Process.controller, _Process.tokenizer, samples, routes, options)

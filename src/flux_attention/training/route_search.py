@@ -217,17 +217,17 @@ def race_routes(
     # Many draws agree; dict keeps the first of each.
     running = list(dict.fromkeys(tuple(sorted(row[:budget])) for row in draws.argsort(1).tolist()))[:routes]
     order = torch.randperm(len(meter.samples), generator=generator).tolist()
-    losses: dict[tuple[int, ...], Tensor] = {route: torch.zeros(0) for route in running}
+    losses = dict.fromkeys(running, torch.zeros(0))
     for count, left in zip(samples, keep, strict=True):
-        pairs = [(route, member) for route in running for member in order[len(losses[route]) : count]]
-        if pairs:
-            use_full = torch.ones(layers, len(pairs), dtype=torch.bool)
-            for place, (route, _) in enumerate(pairs):
-                use_full[list(route), place] = False
-            parts = iter(meter.measure([member for _, member in pairs], use_full).loss.split(1))
-            for route in running:
-                fresh = [next(parts) for _ in order[len(losses[route]) : count]]
-                losses[route] = torch.cat((losses[route], *fresh))
+        # All that still run were measured on the same samples.
+        fresh = order[len(losses[running[0]]) : count]
+        if fresh:
+            use_full = torch.ones(len(running), layers, dtype=torch.bool)
+            for i, route in enumerate(running):
+                use_full[i, list(route)] = False
+            found = meter.measure(fresh * len(running), use_full.repeat_interleave(len(fresh), 0).T).loss
+            for route, loss in zip(running, found.view(len(running), -1), strict=True):
+                losses[route] = torch.cat((losses[route], loss))
         running = sorted(running, key=lambda route: float(losses[route].mean()))[:left]
         if watch is not None:
             mean = float(losses[running[0]].mean())
