@@ -208,7 +208,7 @@ def rank_group(
         if not known:
             raise SystemExit(f"group {group.name} is the first: there are no costs to take over, measure some")
         return replace(known[-1], curve=[]), {}
-    meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens)
+    meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens, teacher=False)
     # What the dense model is far from answering says little about which layers retrieve.
     meter = meter.subset(meter.within_reach())
     used = Counter(sample.task for sample in meter.samples)

@@ -266,9 +266,10 @@ def test_only_answered_samples_calibrate():
     # The lead of a random token is far behind: out of reach, but right at once when it is the model's own.
     assert meter.within_reach(least=0.5) == [0, 1, 3]
     assert meter.within_reach(least=0.0) == [0, 1, 2, 3]
-    torch.testing.assert_close(meter.dense_losses(), meter.routes(torch.ones(1, meter.layers).bool()).loss[0])
-    with pytest.raises(ValueError, match="teacher=True"):
-        DamageMeter(controller, samples, teacher=False).answered()
+    torch.testing.assert_close(meter.dense.loss, meter.routes(torch.ones(1, meter.layers).bool()).loss[0])
+    # A subset shares what is known; KL alone needs the dense model's answers.
+    assert meter.subset([2, 0]).dense.loss.tolist() == meter.dense.loss[[2, 0]].tolist()
+    assert DamageMeter(controller, samples, teacher=False).dense.damage.isnan().all()
 
 
 def test_gates_of_one_sample_do_not_reach_another():
@@ -276,9 +277,9 @@ def test_gates_of_one_sample_do_not_reach_another():
     samples = make_samples(3)
 
     def slopes(some):
-        meter = DamageMeter(controller, some, teacher=False)
-        batch, answer = meter.collate(range(len(some)))
-        gates = torch.full((meter.layers, len(some)), 0.5, requires_grad=True)
+        batch = batch_of(some)
+        answer = AnswerTokens.of(batch["labels"])
+        gates = torch.full((len(controller.layers), len(some)), 0.5, requires_grad=True)
         with controller.soft_routing(SoftRouting(forced=gates)):
             logits = answer_logits(controller, batch["input_ids"], batch["attention_mask"], answer)
         loss = torch.nn.functional.cross_entropy(logits, answer.targets, reduction="sum")

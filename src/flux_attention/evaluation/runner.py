@@ -1,8 +1,7 @@
 """Runs samples through an attached model under one policy and says, per sample, how well and how sparsely.
 
 Teacher forcing scores a reference answer in the same pass that reads the prompt: only the prompt is routed, as it
-would be when serving, and the head runs on the answer's positions alone. Several samples share a pass packed back to
-back, without padding. Generation scores the text that the model writes by itself.
+would be when serving (`models.answers`). Generation scores the text that the model writes by itself.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import Sample, make_samples
 from flux_attention.data.progress import Progress, tqdm_progress
 from flux_attention.evaluation.metrics import score, span_accuracy
 from flux_attention.generation import generate
+from flux_attention.models.answers import forced_logits
 from flux_attention.models.controller import FluxAttention
 from flux_attention.modes import REGISTRY
 from flux_attention.route import Dial, Policy, Route
@@ -203,24 +202,12 @@ def _batches(samples: Sequence[Sample], options: RunOptions) -> Iterator[list[Sa
 
 
 def _forced(controller: FluxAttention, batch: Sequence[Sample]) -> list[Record]:
-    device = controller.device
-    ids = torch.tensor([t for s in batch for t in (*s.prompt_ids, *s.answer_ids)], device=device)[None]
-    positions = torch.cat([torch.arange(len(s)) for s in batch]).to(device)[None]
-    # The logits of position t - 1 predict token t.
-    keep, start = [], 0
-    for sample in batch:
-        first = start + len(sample.prompt_ids) - 1
-        keep.append(torch.arange(first, first + len(sample.answer_ids)))
-        start += len(sample)
-    prompts = [len(s.prompt_ids) for s in batch]
-    with controller.prompt_lengths(prompts):
-        logits: Tensor = controller.model(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=torch.cat(keep).to(device)
-        ).logits[0]
-    targets = torch.tensor([t for s in batch for t in s.answer_ids], device=device)
-    log_p = logits.float().log_softmax(-1)
-    losses = -log_p.gather(-1, targets[:, None])[:, 0].cpu()
-    right = (log_p.argmax(-1) == targets).cpu()
+    logits, targets = forced_logits(controller, batch)
+    log_p = torch.cat(logits).float().log_softmax(-1)
+    target = torch.cat(targets)
+    # One copy to the host for each kind of result.
+    losses = -log_p.gather(-1, target[:, None])[:, 0].cpu()
+    right = (log_p.argmax(-1) == target).cpu()
     route = controller.last_route
     assert route is not None
     records, start = [], 0

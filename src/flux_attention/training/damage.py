@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flux_attention.data.sample import Sample
+from flux_attention.models.answers import forced_logits
 from flux_attention.models.controller import FluxAttention
-from flux_attention.route import Fixed, Route
-from flux_attention.training.data import Collator
-from flux_attention.training.objective import AnswerTokens, answer_logits, teacher_logits, token_kl
+from flux_attention.route import Dense, Fixed, Route
+from flux_attention.training.objective import token_kl
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class Measured:
         damage: see the module's head; 0 = the dense model's answer.
         nll: of the reference answer, nats a token.
         accuracy: share of the scored spans that teacher forcing gets right.
+        soft: softened accuracy (`softened_accuracy`); 1 for running text, which is never out of reach.
         loss: what a route is judged by, see `answer_loss`.
     """
 
     damage: Tensor
     nll: Tensor
     accuracy: Tensor
+    soft: Tensor
     loss: Tensor
+
+    def select(self, indices: Sequence[int]) -> Measured:
+        """Some of the pairs."""
+        return Measured(*(getattr(self, item.name)[list(indices)] for item in fields(self)))
 
 
 def counts_as_whole(sample: Sample) -> bool:
@@ -52,16 +59,13 @@ def span_share(right: Sequence[bool], sample: Sample) -> float:
     return sum(all(right[a:b]) for a, b in sample.scored_spans) / len(sample.scored_spans)
 
 
-def answer_loss(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
-    """How far a teacher-forced answer is from right, smooth, a scalar; `logits [n, V]`, `target [n]`.
+def answer_loss(sample: Sample, nll: Tensor, soft: Tensor) -> Tensor:
+    """How far a teacher-forced answer is from right, smooth, a scalar, of its NLL (nats a token) and `soft`.
 
-    Running text: NLL in nats a token. A short exact answer: one minus its softened accuracy, plus a
-    quarter of the NLL up to 2 nats, which still tells routes apart on answers that are wrong either way.
+    Running text: the NLL. A short exact answer: one minus its softened accuracy, plus a quarter of the NLL up to
+    2 nats, which still tells routes apart on answers that are wrong either way.
     """
-    nll = F.cross_entropy(logits.float(), target)
-    if not counts_as_whole(sample):
-        return nll
-    return 1 - softened_accuracy(sample, logits, target) + 0.25 * nll.clamp_max(2)
+    return 1 - soft + 0.25 * nll.clamp_max(2) if counts_as_whole(sample) else nll
 
 
 def softened_accuracy(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
@@ -74,13 +78,13 @@ def softened_accuracy(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
 
 
 class DamageMeter:
-    """Measures routes on fixed samples; the dense model's answers are computed once and kept on the device.
+    """Measures routes on fixed samples.
 
     Args:
         controller: the attached backbone.
         samples: what to measure on.
         batch_tokens: most tokens of one pass.
-        teacher: keep the dense answers; without them `damage` is NaN (to score accuracy and NLL only).
+        teacher: keep the dense model's answers on the device, for `damage`; without them it is NaN.
     """
 
     def __init__(
@@ -97,18 +101,19 @@ class DamageMeter:
             raise ValueError(f"batch_tokens must be positive, got {batch_tokens}")
         self.controller, self.samples, self.batch_tokens = controller, list(samples), batch_tokens
         self.layers = len(controller.layers)
-        self._collate = Collator(pad_token_id=0)
         self._teacher: list[Tensor] = []
         if teacher:
             self._teacher = self._dense_answers()
 
     def subset(self, keep: Iterable[int]) -> DamageMeter:
-        """A meter on some of the samples that shares the dense answers."""
+        """A meter on some of the samples that shares what is known of the dense model."""
         chosen = list(keep)
         other = DamageMeter(
             self.controller, [self.samples[i] for i in chosen], batch_tokens=self.batch_tokens, teacher=False
         )
         other._teacher = [self._teacher[i] for i in chosen] if self._teacher else []
+        if "dense" in self.__dict__:
+            other.dense = self.dense.select(chosen)
         return other
 
     def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
@@ -124,20 +129,20 @@ class DamageMeter:
         if batch:
             yield batch
 
-    def collate(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], AnswerTokens]:
-        """The batch of these samples on the model's device, and where their answers are."""
-        batch = self._collate([self.samples[i] for i in indices])
-        batch = {name: tensor.to(self.controller.device) for name, tensor in batch.items()}
-        return batch, AnswerTokens.of(batch["labels"])
-
+    @torch.no_grad()
     def _dense_answers(self) -> list[Tensor]:
         found: list[Tensor | None] = [None] * len(self.samples)
-        for places in self.batches(range(len(self.samples))):
-            batch, answer = self.collate(places)
-            logits = teacher_logits(self.controller, batch["input_ids"], batch["attention_mask"], answer)
-            for place, part in zip(places, logits.split(answer.rows.bincount().tolist()), strict=True):
-                found[place] = part.clone()
+        with self.controller.using(Dense()):
+            for places in self.batches(range(len(self.samples))):
+                logits, _ = forced_logits(self.controller, [self.samples[place] for place in places])
+                for place, part in zip(places, logits, strict=True):
+                    found[place] = part.clone()
         return [part for part in found if part is not None]
+
+    @cached_property
+    def dense(self) -> Measured:
+        """Every sample under the dense model."""
+        return self.measure(range(len(self.samples)), torch.ones(self.layers, len(self.samples), dtype=torch.bool))
 
     @torch.no_grad()
     def measure(self, indices: Sequence[int], use_full: Tensor) -> Measured:
@@ -145,70 +150,47 @@ class DamageMeter:
         if tuple(use_full.shape) != (self.layers, len(indices)):
             raise ValueError(f"use_full must be [{self.layers}, {len(indices)}], got {list(use_full.shape)}")
         use_full = use_full.cpu().bool()
-        damage, nll, accuracy, loss = (torch.full((len(indices),), float("nan")) for _ in range(4))
+        found = Measured(*torch.full((len(fields(Measured)), len(indices)), float("nan")))
         for places in self.batches(indices):
             members = [indices[place] for place in places]
-            batch, answer = self.collate(members)
             with self.controller.using(Fixed(Route(use_full[:, places]))):
-                logits = answer_logits(self.controller, batch["input_ids"], batch["attention_mask"], answer)
-            counts = answer.rows.bincount().tolist()
-            kls, losses, judged, flags = [], [], [], []
-            parts = zip(members, logits.split(counts), answer.targets.split(counts), strict=True)
-            for member, part, target in parts:
-                losses.append(F.cross_entropy(part.float(), target))
-                judged.append(answer_loss(self.samples[member], part, target))
-                flags.append(part.argmax(-1) == target)
+                answers = forced_logits(self.controller, [self.samples[member] for member in members])
+            flags = []
+            # Row by row on the device; one copy to the host.
+            rows = torch.empty(len(places), 3, device=self.controller.device)
+            for row, member, logits, target in zip(rows, members, *answers, strict=True):
+                sample, logits = self.samples[member], logits.float()
+                row[0] = F.cross_entropy(logits, target)
+                row[1] = softened_accuracy(sample, logits, target) if counts_as_whole(sample) else 1.0
                 if self._teacher:
-                    kl = token_kl(self._teacher[member], part)
-                    kls.append(kl.sum() if counts_as_whole(self.samples[member]) else kl.mean())
-            # One copy to the host for each kind of result.
-            nll[places] = torch.stack(losses).cpu()
-            loss[places] = torch.stack(judged).cpu()
-            if kls:
-                damage[places] = (1 - torch.exp(-torch.stack(kls))).clamp_min(0).cpu()
-            right = torch.cat(flags).cpu().split(counts)
-            for place, member, flag in zip(places, members, right, strict=True):
-                accuracy[place] = span_share(flag.tolist(), self.samples[member])
-        return Measured(damage, nll, accuracy, loss)
+                    kl = token_kl(self._teacher[member], logits)
+                    row[2] = 1 - torch.exp(-(kl.sum() if counts_as_whole(sample) else kl.mean()))
+                flags.append(logits.argmax(-1) == target)
+            nll, soft, damage = rows.T.cpu()
+            found.nll[places], found.soft[places] = nll, soft
+            if self._teacher:
+                found.damage[places] = damage.clamp_min(0)
+            right = torch.cat(flags).cpu().split([len(flag) for flag in flags])
+            for i, (place, member) in enumerate(zip(places, members, strict=True)):
+                found.loss[place] = answer_loss(self.samples[member], nll[i], soft[i])
+                found.accuracy[place] = span_share(right[i].tolist(), self.samples[member])
+        return found
 
     def routes(self, use_full: Tensor) -> Measured:
         """Every sample under each of `use_full [R, L]`; results are `[R, n]`."""
         count, n = use_full.shape[0], len(self.samples)
         pairs = use_full.cpu().bool().repeat_interleave(n, 0).T
         found = self.measure(list(range(n)) * count, pairs)
-        return Measured(*(value.view(count, n) for value in (found.damage, found.nll, found.accuracy, found.loss)))
-
-    def _answers(self) -> list[tuple[Sample, Tensor, Tensor]]:
-        """Samples, dense logits and targets."""
-        if not self._teacher:
-            raise ValueError("this meter keeps no dense answers; make it with teacher=True")
-        return [
-            (sample, logits, torch.tensor(sample.answer_ids, device=logits.device))
-            for sample, logits in zip(self.samples, self._teacher, strict=True)
-        ]
-
-    def dense_losses(self) -> Tensor:
-        """`answer_loss` of every sample under the dense model, float32 `[n]` on the CPU."""
-        return torch.stack([answer_loss(*answer) for answer in self._answers()]).float().cpu()
+        return Measured(*(getattr(found, item.name).view(count, n) for item in fields(found)))
 
     def within_reach(self, least: float = 0.05) -> list[int]:
         """Samples with a softened accuracy of at least `least` under the dense model, and all running text."""
-        return [
-            i
-            for i, answer in enumerate(self._answers())
-            if not counts_as_whole(answer[0]) or float(softened_accuracy(*answer)) >= least
-        ]
+        return (self.dense.soft >= least).nonzero()[:, 0].tolist()
 
     def answered(self, least: float = 0.99) -> list[int]:
         """Samples that the dense model answers (running text always): the others cannot tell which layers retrieve."""
-        if not self._teacher:
-            raise ValueError("this meter keeps no dense answers; make it with teacher=True")
-        found = []
-        for i, (sample, logits) in enumerate(zip(self.samples, self._teacher, strict=True)):
-            right = (logits.argmax(-1).cpu() == torch.tensor(sample.answer_ids)).tolist()
-            if not counts_as_whole(sample) or span_share(right, sample) >= least:
-                found.append(i)
-        return found
+        text = torch.tensor([not counts_as_whole(sample) for sample in self.samples])
+        return (text | (self.dense.accuracy >= least)).nonzero()[:, 0].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------- single layers

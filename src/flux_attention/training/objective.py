@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_attention.data.sample import TASK_CLASSES
+from flux_attention.models.answers import head_logits
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.step import SoftRouting
 from flux_attention.route import Dense
@@ -58,11 +59,8 @@ def answer_logits(controller: FluxAttention, input_ids: Tensor, attention_mask: 
 
     The output layer runs on n rows: logits of a long prompt would take more memory than the model.
     """
-    model = controller.model
     hidden = controller.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    logits: Tensor = model.get_output_embeddings()(hidden[answer.rows, answer.columns])
-    softcap = getattr(controller.decoder.config, "final_logit_softcapping", None)
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    return head_logits(controller, hidden[answer.rows, answer.columns])
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ def search_routes(
     if measurements < layers or batch < 1:
         raise ValueError(f"{measurements} measurements in batches of {batch} cannot tell {layers} layers apart")
     generator = torch.Generator().manual_seed(seed)
-    dense = meter.dense_losses()
+    dense = meter.dense.loss
     model = _LinearModel(layers, known)
     curve: list[dict[str, float]] = []
     queue: list[int] = []

@@ -50,6 +50,9 @@ _BUILT_IN: tuple[Task, ...] = (
     Continuation(name="code_completion", source="code", test_source="code"),
     Continuation(name="prose_continuation", source="topics", test_source="topics"),
     Continuation(name="docstring_continuation", source="docstrings", test_source="docstrings", held_out=True),
+    # Many scored tokens a pass: what layers cost running text is thousandths of a nat.
+    Continuation(name="code_second_half", source="code", test_source="code", answer_share=0.5),
+    Continuation(name="prose_second_half", source="topics", test_source="topics", answer_share=0.5),
     ModuleSummary(name="module_summary"),
     OpenQuestion(name="open_question"),
     OpenRequest(name="open_request"),

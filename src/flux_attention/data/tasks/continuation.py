@@ -1,4 +1,4 @@
-"""Continuation of prose or code: mean negative log-likelihood of the next 128 tokens."""
+"""Continuation of prose or code: mean negative log-likelihood of the next 128 tokens, or of the whole second half."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class Continuation(Task):
 
     The text stands in the assistant's turn, so that the answer continues it without a break; in training half of
     the samples keep only its last lines there and put the rest into the user's turn.
+
+    Args:
+        answer_tokens: what is scored.
+        answer_share: the same as a share of the sample's tokens, where that is more.
+        in_reply: tokens before the answer that always stand in the assistant's turn.
     """
 
     task_class: str = HOLISTIC
@@ -30,6 +35,7 @@ class Continuation(Task):
     source: str = "topics"
     test_source: str = "topics"
     answer_tokens: int = 128
+    answer_share: float = 0.0
     in_reply: int = 64
 
     def sample(self, rng: random.Random, tokenizer: Any, length: int, split: str) -> Sample:
@@ -50,10 +56,11 @@ class Continuation(Task):
             before, after = chat_text(tokenizer, instruction), ""
         head, middle = encode_text(tokenizer, before), encode_text(tokenizer, after) if after else []
         room = length - len(head) - len(middle)
-        if room < self.answer_tokens + self.in_reply + 1:
+        scored = max(self.answer_tokens, int(self.answer_share * length))
+        if room < scored + self.in_reply + 1:
             raise ValueError(f"task {self.name!r} needs more than length={length} tokens for its answer and context")
         ids = ids[-room:]
-        context, answer = ids[: -self.answer_tokens], ids[-self.answer_tokens :]
+        context, answer = ids[:-scored], ids[-scored:]
         cut = len(context) - self.in_reply if divided else 0
         prompt = head + context[:cut] + middle + context[cut:]
         return Sample(
