@@ -35,11 +35,13 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
 from flux_attention.data import HOLISTIC, RETRIEVAL, TASK_CLASSES, TASKS, Sample
-from flux_attention.data.sample_set import Job, prepared_jobs, spread_jobs
+from flux_attention.data.sample_set import Job, checksum, digest, prepared_jobs, spread_jobs
 from flux_attention.evaluation.results import environment, write_json
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
@@ -56,15 +58,17 @@ from flux_attention.training.objective import initialise_bias
 from flux_attention.training.route_search import LayerCosts, race_routes, search_routes
 from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_state
 
-#: Kinds of need, each with its Ω: finding something, going on with a text, its gist, judging many examples. Prompts in
-#: free wording count several times: they are what users write.
+#: Kinds of need, each with its Ω: finding something, a module's gist, going on with code or prose, judging many
+#: examples, counting words. Prompts in free wording count several times: they are what users write. Rankings are
+#: measured where one pass scores many answers.
 DEFAULT_GROUPS = (
-    # Searched on what a small model can answer at all: where it cannot, no layer matters.
-    f"{RETRIEVAL}:0.6:{RETRIEVAL},open_question,open_question,open_question,open_question"
-    ":niah_single_2,niah_multikey_1,niah_single_3,niah_two_queries,open_question",
-    "text:0.833:code_completion,prose_continuation",
-    "summary:0.833:module_summary,open_request,open_request:module_summary",
-    "aggregate:0.833:common_words,fewshot*",
+    f"{RETRIEVAL}:0.62:{RETRIEVAL},open_question,open_question,open_question,open_question"
+    ":needle_interview,needle_interview,needle_interview,variable_copies",
+    f"summary:0.7:module_summary,open_request,open_request:={RETRIEVAL}",
+    "code:0.8:code_completion:code_second_half,prose_second_half",
+    "prose:0.867:prose_continuation:=code",
+    "fewshot:0.9:fewshot_topic,fewshot_sentiment:topic_labels,sentiment_labels",
+    "words:0.9:common_words:=fewshot",
 )
 EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_completion")
 
@@ -93,16 +97,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--samples", type=Path, help="file with the samples, made when it is not there")
     add("--prepare", action="store_true", help="only make that file, which needs no GPU")
     add("--fit-prompts", type=int, default=4000, help="prompts whose features the router is fitted on")
-    add("--search-samples", type=int, nargs="+", default=[200, 50, 40, 40], help="one or one a group")
-    add("--search-lengths", type=int, nargs="+", default=[3072, 4096])
+    add("--features", type=Path, help="file that keeps the probes' pooled queries from one run to the next")
+    add("--search-samples", type=int, nargs="+", default=[64], help="one or one a group")
+    add("--search-lengths", type=int, nargs="+", default=[4096, 0, 3072, 0, 2048, 0], help="one or one a group")
     add(
         "--measurements",
         type=int,
         nargs="+",
-        default=[1500, 300, 200, 150],
-        help="routed passes, one or one a group; 0 = the costs of the group before hold for this one, too",
+        default=[1200, 0, 600, 0, 500, 0],
+        help="routed passes, one or one a group",
     )
-    add("--race", type=int, default=24, help="routes of the first group that race on its samples at the end; 0 = none")
+    add("--race", type=int, default=0, help="routes of the first group that race on its samples at the end")
     add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
     add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
     add("--softness", type=float, default=0.2, help="of the targets around the budget, in ranks")
@@ -138,7 +143,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         small = {
             "fit_prompts": 40,
             "search_samples": [2],
-            "search_lengths": [800],
+            "search_lengths": [1200],
             "measurements": [32],
             "search_batch": 16,
             "race": 2,
@@ -154,7 +159,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         for name, value in small.items():
             setattr(options, name, value)
     options.group = options.group or [Group.parse(text) for text in DEFAULT_GROUPS]
-    for name in ("search_samples", "measurements"):
+    for name in ("search_samples", "search_lengths", "measurements"):
         values = getattr(options, name)
         if len(values) not in (1, len(options.group)):
             parser.error(f"--{name.replace('_', '-')} takes one number or one a group ({len(options.group)})")
@@ -170,8 +175,8 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
     for group in groups:
         jobs[f"search:{group.name}"] = spread_jobs(
             group.searched or group.tasks,
-            options.search_samples[group.name],
-            options.search_lengths,
+            0 if group.like else options.search_samples[group.name],
+            [options.search_lengths[group.name]],
             options.seed,
             first=10_000,
         )
@@ -196,6 +201,27 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
 # ---------------------------------------------------------------------------------------------------- phases
 
 
+def probe(controller: FluxAttention, samples: list[Sample], path: Path | None, cost: CostMeter) -> Tensor:
+    """Pooled queries `[L, n, D]` of the samples' prompts, from their file where it is there."""
+    made_for = digest([checksum(sample) for sample in samples])
+    if path is not None and path.is_file():
+        with safe_open(path, framework="pt") as file:
+            known = file.metadata()
+            if known["samples"] != made_for:
+                raise SystemExit(f"{path} holds features of other prompts; delete it or name another file")
+            cost.add("probe", float(known["seconds"]), int(known["tokens"]))
+            return file.get_tensor("pooled").float()
+    with cost.phase("probe"):
+        pooled = pooled_queries(controller, [sample.prompt_ids for sample in samples], batch=128)
+    # What a file would hold is what the router sees, file or not.
+    half = pooled.half()
+    if path is not None:
+        about = {"samples": made_for, "seconds": str(cost.seconds["probe"]), "tokens": str(cost.tokens["probe"])}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"pooled": half.cpu().contiguous()}, path, about)
+    return half.float()
+
+
 def rank_group(
     controller: FluxAttention,
     group: Group,
@@ -204,10 +230,6 @@ def rank_group(
     options: argparse.Namespace,
 ) -> tuple[LayerCosts, dict[str, int]]:
     """What the group's layers cost, and how many samples of each task that rests on."""
-    if options.measurements[group.name] == 0:
-        if not known:
-            raise SystemExit(f"group {group.name} is the first: there are no costs to take over, measure some")
-        return replace(known[-1], curve=[]), {}
     meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens, teacher=False)
     # What the dense model is far from answering says little about which layers retrieve.
     meter = meter.subset(meter.within_reach())
@@ -246,9 +268,16 @@ def search(
 ) -> tuple[dict[str, LayerCosts], dict[str, Any]]:
     """Every group's costs, searched or from an earlier run, and what the log says of them."""
     rankings: dict[str, LayerCosts] = {}
-    earlier = json.loads(options.costs.read_text())["rankings"] if options.costs else {}
-    log = {}
+    run = json.loads(options.costs.read_text()) if options.costs else {}
+    # What was spent then was spent for this adapter.
+    cost.add("search", **run.get("phases", {}).get("search", {}))
+    earlier, log = run.get("rankings", {}), {}
     for group in options.group:
+        if group.like:
+            if group.like not in rankings:
+                raise SystemExit(f"group {group.name} shares the ranking of {group.like!r}, which must come before it")
+            rankings[group.name] = rankings[group.like]
+            continue
         with cost.phase("search"):
             if group.name in earlier:
                 row = earlier[group.name]
@@ -364,7 +393,7 @@ def static_splits(rankings: dict[str, LayerCosts], options: argparse.Namespace) 
     """What the router is compared with: each group's ranking at its own Ω and at `--static-shares`, and interleaved."""
     policies: dict[str, Policy] = {}
     for group in options.group:
-        for share in sorted({*options.static_shares, group.target}):
+        for share in sorted({*(() if group.like else options.static_shares), group.target}):
             policies[f"static {group.name} {share:.2f}"] = Static.from_ranking(rankings[group.name].order, share)
     policies["interleaved 0.80"] = Interleaved(0.8)
     return policies
@@ -399,9 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     controller.router.to(device)
     cost = CostMeter(controller)
 
-    with cost.phase("probe"):
-        pooled = pooled_queries(controller, [sample.prompt_ids for sample in made["fit"]], batch=128)
-        controller.router.fit_input_scale(pooled)
+    pooled = probe(controller, made["fit"], options.features, cost)
+    controller.router.fit_input_scale(pooled)
     rankings, log = search(controller, made, options, cost)
     orders = {name: found.order for name, found in rankings.items()}
     target = group_targets(made["fit"], groups, orders, options.softness)
@@ -410,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         trained = train(controller, made, pooled, target, options, cost, log_dir, begun)
     cost.close()
     # Everything that making the adapter takes counts: loading and making samples, too.
-    minutes = (time.perf_counter() - begun) / 60
+    minutes = (time.perf_counter() - begun + cost.booked) / 60
 
     # The bias of the first initialisation says nothing about a trained router.
     save_adapter(options.out, replace(controller.config, full_bias=0.0), compact_state(controller.router))
@@ -442,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             **{n: {"seconds": round(s, 2), "tokens": cost.tokens[n]} for n, s in cost.seconds.items()},
         },
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "group"},
-        "groups": [{"name": g.name, "target": g.target, "tasks": list(g.tasks)} for g in groups],
+        "groups": [{"name": g.name, "target": g.target, "tasks": list(g.tasks), "like": g.like} for g in groups],
         "evaluation": {"samples": options.eval_samples, "length": options.eval_length, "policies": table},
         "rankings": log,
         **trained,

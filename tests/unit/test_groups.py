@@ -14,6 +14,7 @@ from flux_attention.training.groups import Group, agreement, class_target, group
 def test_groups_are_parsed():
     group = Group.parse("mixed:0.6:niah_single_2,fewshot*:niah_single_2")
     assert (group.name, group.target, group.searched) == ("mixed", 0.6, ("niah_single_2",))
+    assert Group.parse("prose:0.8:prose_continuation:=code").like == "code"
     assert group.tasks == ("niah_single_2", "fewshot_topic", "fewshot_sentiment")  # not the held-out one
     known = training_tasks()
     wanted = tuple(name for name, task in known.items() if task.task_class == RETRIEVAL)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from flux_attention.models.adapter import load_adapter
 from flux_attention.training.build import build
@@ -46,13 +47,13 @@ def test_recipes_run(tmp_path, name):
 
 def test_the_smollm2_recipe_runs(tmp_path):
     backbone, _ = save_all(tmp_path)
-    places = {name: tmp_path / name for name in ("out", "results", "card")} | {"backbone": backbone}
+    places = {name: tmp_path / name for name in ("out", "results", "card", "features")} | {"backbone": backbone}
     sizes = {"fit-prompts": 24, "fit-steps": 4, "fit-batch": 8, "search-samples": 2, "search-lengths": 1500}
     sizes |= {"measurements": 8, "search-batch": 8, "gate-steps": 1, "gate-batch": 2, "gate-lengths": 1500}
     sizes |= {"eval-samples": 1, "eval-length": 1500, "workers": 1, "static-shares": 0.5}
     options = [part for key, value in {**places, **sizes}.items() for part in (f"--{key}", str(value))]
     # Running text only: a random model is within reach of no needle.
-    groups = ("code:0.5:code_completion", "text:0.75:prose_continuation")
+    groups = ("code:0.5:code_completion", "text:0.75:prose_continuation", "more:0.5:open_request:=text")
     options += ["--device", "cpu", *(part for group in groups for part in ("--group", group))]
     result = load("smollm2").main(options)
     assert load_adapter(tmp_path / "out").config.full_bias == 0
@@ -60,8 +61,21 @@ def test_the_smollm2_recipe_runs(tmp_path):
     assert written["rankings"] == result["rankings"] and sorted(written["rankings"]["text"]["order"]) == list(
         range(LAYERS)
     )
-    policies = ["dense", "router", "static code 0.50", "static text 0.50", "static text 0.75", "interleaved 0.80"]
+    policies = ["dense", "router", "static code 0.50", "static text 0.50", "static text 0.75", "static more 0.50", "interleaved 0.80"]
     assert list(written["evaluation"]["policies"]) == policies
-    assert written["steps_done"] == 1 and set(written["fit_held_out"]) <= {"code_completion", "prose_continuation"}
+    assert written["steps_done"] == 1 and set(written["fit_held_out"]) <= {
+        "code_completion",
+        "prose_continuation",
+        "open_request",
+    }
     card = (tmp_path / "card").read_text()
-    assert f"commit {written['commit']}, seed 0" in card and card.count("\n| static ") == 3
+    assert f"commit {written['commit']}, seed 0" in card and card.count("\n| static ") == 4
+    # A refit from the files of that run searches and probes nothing, counts what they cost, and gives the same router.
+    again = load("smollm2").main([*options, "--costs", str(tmp_path / "results"), "--out", str(tmp_path / "again")])
+    assert again["rankings"] == result["rankings"]
+    assert {n: again["phases"][n]["tokens"] for n in ("probe", "search")} == {
+        n: result["phases"][n]["tokens"] for n in ("probe", "search")
+    }
+    assert again["figures"][0]["value"] * 60 >= sum(result["phases"][n]["seconds"] for n in ("probe", "search"))
+    first, second = (load_adapter(tmp_path / name).state for name in ("out", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -18,13 +18,13 @@ class Draft:
         user: the user's turn.
         prefix: what the assistant's turn starts with; the answer follows directly, usually after a space.
         references: what is scored, in the order of the reference answer.
-        separator: put behind each reference but the last (not scored).
+        separator: put behind each reference but the last (not scored); a tuple has one for each.
     """
 
     user: str
     prefix: str
     references: tuple[str, ...]
-    separator: str = ","
+    separator: str | tuple[str, ...] = ","
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,7 +66,9 @@ def encode(tokenizer: Any, draft: Draft) -> Encoded:
         answer += encode_text(tokenizer, (space if i == 0 else " ") + reference)
         spans.append((start, len(answer)))
         if i + 1 < len(draft.references) and draft.separator:
-            answer += encode_text(tokenizer, draft.separator)
+            answer += encode_text(
+                tokenizer, draft.separator if isinstance(draft.separator, str) else draft.separator[i]
+            )
     return Encoded(tuple(prompt), tuple(answer), tuple(spans))
 
 

@@ -97,7 +97,7 @@ def model_card(result: Mapping[str, Any], title: str, about: str) -> str:
     lines += [f"| {n} | {p['seconds']:.1f} | {p['tokens'] / 1e6:.3f} |" for n, p in result["phases"].items()]
     lines += ["", "| group | target Ω | tasks | layers, least needed first |", "|---|---|---|---|"]
     for group in result["groups"]:
-        order = " ".join(map(str, result["rankings"][group["name"]]["order"]))
+        order = " ".join(map(str, result["rankings"][group["like"] or group["name"]]["order"]))
         members = ", ".join(dict.fromkeys(group["tasks"]))
         lines.append(f"| {group['name']} | {group['target']:.2f} | {members} | {order} |")
     evaluation = result["evaluation"]

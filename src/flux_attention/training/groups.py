@@ -28,24 +28,30 @@ class Group:
         target: Ω of its prompts.
         tasks: names.
         searched: those that its ranking is found on; () = all of them.
+        like: name of the group whose ranking it shares; "" = it has its own.
     """
 
     name: str
     target: float
     tasks: tuple[str, ...]
     searched: tuple[str, ...] = ()
+    like: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Group:
-        """`name:target:task,task,…[:searched,…]`; a class or a prefix ending in `*` stands for its training tasks.
+        """`name:target:task,task,…[:searched,…]`, or `name:target:task,task,…:=other` with another group's ranking.
+
+        A class or a prefix ending in `*` stands for its training tasks.
 
         Raises ValueError for another form and for what is no training task.
         """
         parts = text.split(":")
         if len(parts) not in (3, 4):
-            raise ValueError(f"a group is name:target:task,task,…[:searched,…], got {text!r}")
-        tasks, searched = cls._tasks(parts[2]), cls._tasks(parts[3]) if len(parts) == 4 else ()
-        return cls(parts[0], float(parts[1]), tasks, searched)
+            raise ValueError(f"a group is name:target:task,task,…[:searched,… or :=other], got {text!r}")
+        name, target, tasks, source = (*parts, "")[:4]
+        if source.startswith("="):
+            return cls(name, float(target), cls._tasks(tasks), like=source[1:])
+        return cls(name, float(target), cls._tasks(tasks), cls._tasks(source) if source else ())
 
     @staticmethod
     def _tasks(text: str) -> tuple[str, ...]:

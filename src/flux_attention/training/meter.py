@@ -20,12 +20,14 @@ class CostMeter:
 
     Attributes:
         seconds: wall clock of each phase, the GPU's queue emptied at its end.
+        booked: seconds of these that an earlier run spent.
     """
 
     def __init__(self, controller: FluxAttention) -> None:
         self._controller = controller
         self._tokens: dict[str, Tensor | int] = {}
         self.seconds: dict[str, float] = {}
+        self.booked = 0.0
         self._phase: str | None = None
         self._handle = controller.decoder.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -47,6 +49,12 @@ class CostMeter:
                 torch.cuda.synchronize(self._controller.device)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self._phase = None
+
+    def add(self, name: str, seconds: float = 0.0, tokens: int = 0) -> None:
+        """Book what an earlier run spent."""
+        self.booked += seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from flux_attention.data.tasks.common_words import CommonWords
 from flux_attention.data.tasks.continuation import Continuation
 from flux_attention.data.tasks.fewshot_classification import FewShotClassification
 from flux_attention.data.tasks.frequent_words import FrequentWords
+from flux_attention.data.tasks.interview import NeedleInterview
 from flux_attention.data.tasks.kv_lookup import KeyValueLookup
 from flux_attention.data.tasks.math_problems import MathProblems
 from flux_attention.data.tasks.module_summary import ModuleSummary
@@ -50,7 +51,10 @@ _BUILT_IN: tuple[Task, ...] = (
     Continuation(name="code_completion", source="code", test_source="code"),
     Continuation(name="prose_continuation", source="topics", test_source="topics"),
     Continuation(name="docstring_continuation", source="docstrings", test_source="docstrings", held_out=True),
-    # Many scored tokens a pass: what layers cost running text is thousandths of a nat.
+    # Many scored answers or tokens a pass, to measure on: a layer may cost thousandths of a nat.
+    NeedleInterview(name="needle_interview"),
+    FewShotClassification(name="topic_labels", theme="topic", scored=24),
+    FewShotClassification(name="sentiment_labels", theme="sentiment", scored=24),
     Continuation(name="code_second_half", source="code", test_source="code", answer_share=0.5),
     Continuation(name="prose_second_half", source="topics", test_source="topics", answer_share=0.5),
     ModuleSummary(name="module_summary"),
@@ -131,6 +135,7 @@ __all__ = [
     "MathProblems",
     "ModuleSummary",
     "Needle",
+    "NeedleInterview",
     "OpenQuestion",
     "OpenRequest",
     "PassageCount",

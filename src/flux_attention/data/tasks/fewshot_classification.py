@@ -133,13 +133,20 @@ _TRAIN = (
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotClassification(TextTask):
-    """One theme's texts with labels. `arbitrary` swaps the labels for words that only the examples explain."""
+    """One theme's texts with labels.
+
+    Args:
+        arbitrary: swap the labels for words that only the examples explain.
+        in_reply: examples that the reply starts with: broken by the turn's end, a small model loses the pattern.
+        scored: labels asked for; those before the last belong to examples that the ones behind them see.
+    """
 
     task_class: str = HOLISTIC
     metric: str = "exact_match"
     theme: str = "topic"
     arbitrary: bool = False
     in_reply: int = 4
+    scored: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,18 +164,18 @@ class FewShotClassification(TextTask):
             names = ["red", "blue", "green", "orange", "black", "white"]
             rng.shuffle(names)
             shown = dict(zip(labels, names, strict=False))
-        query_text, query_label = self._text(rng, rng.choice(labels))
+        asked = [self._text(rng, rng.choice(labels)) for _ in range(self.scored)]
         examples: list[str] = []
         while len(examples) < size:
             text, label = self._text(rng, rng.choice(labels))
-            if text != query_text:
+            if all(text != other for other, _ in asked):
                 examples.append(form.format(text=text, label=shown[label]))
-        # The reply starts with the last few examples: broken by the turn's end, a small model loses the pattern.
-        last = form.format(text=query_text, label="").rstrip()
+        open_forms = [form.format(text=text, label="").rstrip() for text, _ in asked]
         user = "\n\n".join((intro, *examples[: -self.in_reply]))
-        prefix = "\n\n".join((*examples[-self.in_reply :], last))
+        prefix = "\n\n".join((*examples[-self.in_reply :], open_forms[0]))
         meta = {"phrasing": index, "examples": size, "theme": self.theme}
-        return Draft(user, prefix, (shown[query_label],), meta=meta)
+        answers = tuple(shown[label] for _, label in asked)
+        return Draft(user, prefix, answers, separator=tuple("\n\n" + text for text in open_forms[1:]), meta=meta)
 
     def _text(self, rng: random.Random, label: str) -> tuple[str, str]:
         subjects, events = _THEMES[self.theme][label]

@@ -10,8 +10,9 @@ from flux_attention.data.corpus import haystack, joiner
 from flux_attention.data.prompt import Draft, join_list
 from flux_attention.data.tasks.base import TextTask, choose, spread
 
-_VALUES = {"number": words.numbers, "uuid": words.uuids, "word": words.keys}
-_KINDS = {"number": ("number", "numbers"), "uuid": ("uuid", "uuids"), "word": ("word", "words")}
+#: Makers of values and nouns for them.
+VALUES = {"number": words.numbers, "uuid": words.uuids, "word": words.keys}
+KINDS = {"number": ("number", "numbers"), "uuid": ("uuid", "uuids"), "word": ("word", "words")}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ _RULER_INTRO = (
     "I will quiz you about the {kind} afterwards."
 )
 RULER_NEEDLE = "One of the special magic {kinds} for {key} is: {value}."
-_TEST = (
+TEST_PHRASINGS = (
     Phrasing(
         _RULER_INTRO,
         RULER_NEEDLE,
@@ -43,7 +44,7 @@ _TEST = (
         "According to the passage, the {kind} that belong{s} to {keys} {be}",
     ),
 )
-_TRAIN = (
+TRAIN_PHRASINGS = (
     Phrasing(
         "Read the text below closely; you will be asked about the secret {kinds} in it.",
         "The secret {singular} for {key} is {value}.",
@@ -94,7 +95,7 @@ class Needle(TextTask):
         super().__post_init__()
         if not 1 <= self.asked <= self.keys:
             raise ValueError(f"task {self.name!r}: asked must lie in 1..keys={self.keys}, got {self.asked}")
-        if self.value not in _VALUES or self.key not in ("word", "uuid"):
+        if self.value not in VALUES or self.key not in ("word", "uuid"):
             raise ValueError(f"task {self.name!r}: unknown value {self.value!r} or key {self.key!r}")
 
     def sizes(self, length: int) -> tuple[int, int]:
@@ -107,12 +108,12 @@ class Needle(TextTask):
         source = (
             self.test_haystack if split == "test" or self.test_haystack == "needles" else rng.choice(self.haystacks)
         )
-        phrasing, index = choose(rng, split, _TRAIN, _TEST)
+        phrasing, index = choose(rng, split, TRAIN_PHRASINGS, TEST_PHRASINGS)
         count = size if source == "needles" else self.keys
         make_keys = words.uuids if self.key == "uuid" else words.keys
         keys = make_keys(rng, count)
-        values = _VALUES[self.value](rng, count * self.values_per_key)
-        singular, plural = _KINDS[self.value]
+        values = VALUES[self.value](rng, count * self.values_per_key)
+        singular, plural = KINDS[self.value]
         pairs = [
             (key, values[i * self.values_per_key + j]) for i, key in enumerate(keys) for j in range(self.values_per_key)
         ]
