@@ -57,6 +57,44 @@ def test_toy_run(tmp_path, program, sections, expected):
     assert all(value > 0 for name, value in found.items() if not name.startswith("routing_inline_"))
 
 
+def test_layers_are_watched(monkeypatch):
+    """Every layer's decision and launch is seen, on a stand-in for CUDA's events."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import routing
+    from model_8b import toy
+    from transformers import Qwen3ForCausalLM
+
+    from flux_attention.config import FluxConfig
+    from flux_attention.models.attach import attach
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    monkeypatch.setattr(routing.torch.cuda, "Event", Event)
+    model = Qwen3ForCausalLM(toy()).eval()
+    controller = attach(model, FluxConfig(sink_tokens=128, window_tokens=256, router_input="inline"), fuse=True)
+    routing.bias_layers(controller.router)
+    ids = routing.torch.arange(1500)[None] % 256
+    with routing.torch.no_grad():
+        watch = routing.watch_layers(controller, lambda: model(ids))
+    assert watch.sparse == [True, False, True, False]
+    assert watch.decide_ms > 0 and all(idle > 0 for idle in watch.idle)
+    summary = watch.summary()
+    assert all(summary[side]["late"] == 2 and summary[side]["wait_us"] >= 0 for side in ("full", "sparse"))
+    # What was watched is as it was.
+    assert "attend" not in vars(controller) and routing.LayerPooling.decide.__name__ == "decide"
+
+
 @pytest.fixture
 def fuzzing(tmp_path, monkeypatch):
     """Runs the fuzz of some ops at toy sizes; gives the exit status and the figures of the results file."""

@@ -102,8 +102,8 @@ def prepare(
 ) -> Callable[[], Tensor]:
     """`run`, to be called once it is known to be wanted; where that is possible, with all done but its launch.
 
-    `run` is `dense_attention` or `streaming_attention` (its name is `op`) on these inputs. With flash-attn-4 and without
-    gradients it is called here and only its launches are held back; otherwise it comes back as it is.
+    `run` is `dense_attention` or `streaming_attention` (its name is `op`) on these inputs. With flash-attn-4 and
+    without gradients it is called here and only its launches are held back; otherwise it comes back as it is.
     """
     if resolve(op, impl, q, block) != "flash4":
         return run

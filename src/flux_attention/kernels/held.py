@@ -1,7 +1,7 @@
 """Attention by flash-attn-4 with everything done but its launch.
 
-Between a call of flash-attn-4 and its launch lie a hundred microseconds of Python: checks, a configuration, views. Where
-a device waits for a decision of the host, that time belongs before the decision.
+Between a call of flash-attn-4 and its launch lie a hundred microseconds of Python: checks, a configuration, views.
+Where a device waits for a decision of the host, that time belongs before the decision.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ class LayerPooling:
 
         An inline decision is made in line with the layer, by four short launches behind the queries. Beside the other
         projections they would wait at each of them: a product's blocks hold the whole device until it is done. So the
-        decision has two projections and the rotary embedding to reach the host.
+        decision has two projections and the rotary embedding to reach the host, and the host to launch what it has
+        ready by then.
         """
         controller = self._controller
         step = controller._step

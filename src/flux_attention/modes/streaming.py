@@ -31,4 +31,6 @@ class Streaming(Mode):
 
     def prepare(self, inputs: PrefillInputs) -> Callable[[], Tensor]:
         x, run = inputs, functools.partial(self.prefill, inputs)
-        return prepare("streaming_attention", run, x.q, x.k, x.v, x.packing, impl=x.impl, block=self.config.block_tokens)
+        return prepare(
+            "streaming_attention", run, x.q, x.k, x.v, x.packing, impl=x.impl, block=self.config.block_tokens
+        )
