@@ -49,7 +49,7 @@ class _Kernels:
 def hold(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Call `run` with the launches of flash-attn-4's forward kernels held back.
 
-    Returns a function that makes them, once, on the stream that is current then, and gives what `run` returned. `run`
+    Returns a function that makes them, on the stream that is current then, and gives what `run` returned. `run`
     must not read what these kernels write: it would read it too early.
     """
     from flash_attn.cute.interface import _flash_attn_fwd
