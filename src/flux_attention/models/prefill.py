@@ -100,7 +100,11 @@ class LayerPrefill:
         use_full = decide()
         if all(use_full):
             return full()
-        return self._sides(layout, self.step.cache, use_full, ends, q, k, v) if any(use_full) else sparse()
+        if not any(use_full):
+            return sparse()
+        # Neither is wanted whole; their results would only take memory.
+        del full, sparse
+        return self._sides(layout, self.step.cache, use_full, ends, q, k, v)
 
     def _by_head(self, heads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """KV heads become sequences of one head each, and then a head is routed as a sequence is; `heads [Hk, S]`."""
