@@ -28,8 +28,8 @@ from flux_attention.router import LayerRouter
 if TYPE_CHECKING:
     from end_to_end import Setup
 
-#: Pairs of an inline and a static prefill, and inline prefills that are watched layer by layer.
-PAIRS, WATCHED = 40, 5
+#: Pairs of an inline and a static prefill: timed as a whole, and watched layer by layer.
+PAIRS, WATCHED = 24, 12
 
 
 def routing(setup: Setup, record: Recorder) -> None:
@@ -149,27 +149,42 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
     for name, of in (("routing_inline_ms", 0), ("routing_inline_wall_ms", 1)):
         pairs = [a[of] - b[of] for a, b in zip(inline, static, strict=True)]
         record.add(name, statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
-    if on_gpu:
-        watches = [watch_layers(controller, lambda: once(None)) for _ in range(WATCHED)]
-        # What a whole pass takes changes by several milliseconds with the clocks; these few lines of it do not.
-        parts = [w.decide_ms + w.idle_ms for w in watches]
-        record.add("routing_inline_parts_ms", statistics.median(parts), "ms", parts)
-        record.note("routing_inline_layers", [w.summary() for w in watches])
+    if on_gpu and controller.fusion is not None:
+        watched_layers(controller, lambda: once(None), lambda: once(route), record)
+
+
+def watched_layers(
+    controller: FluxAttention, inline: Callable[[], Any], static: Callable[[], Any], record: Recorder
+) -> None:
+    """The same difference where it comes from: between a layer's queries and its attention, over all layers.
+
+    What a whole pass takes moves by several milliseconds with the device's clocks; this twentieth of it does not.
+    """
+    watches = [(watch_layers(controller, inline), watch_layers(controller, static)) for _ in range(WATCHED)]
+    pairs = [a.before_attention_ms - b.before_attention_ms for a, b in watches]
+    record.add("routing_inline_layers_ms", statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
+    record.note(
+        "routing_inline_static_layers_ms", round(statistics.median(b.before_attention_ms for _, b in watches), 3)
+    )
+    record.note("routing_inline_watched", [a.summary() for a, _ in watches])
 
 
 @dataclass
 class LayerWatch:
-    """What a pass spends on decisions, layer by layer.
+    """What a pass does before its layers' attention, layer by layer.
 
     Attributes:
+        before_attention: milliseconds of the device from a layer's queries to its attention.
         decide: milliseconds of the device from a layer's queries to its logits.
         idle: milliseconds of the device between a layer's rotary embedding and its attention.
         sparse: whether the layer is.
         waited, launched: seconds that the host waits for a decision, and from its arrival to the end of the launch.
+            Of a pass that routes inline, as is what follows.
         late: whether the device had done all work before the launch by then.
         dry: whether it had done the attention, too, by the time that the host is past writing the cache.
     """
 
+    before_attention: list[float] = field(default_factory=list)
     decide: list[float] = field(default_factory=list)
     idle: list[float] = field(default_factory=list)
     sparse: list[bool] = field(default_factory=list)
@@ -179,18 +194,14 @@ class LayerWatch:
     dry: list[bool] = field(default_factory=list)
 
     @property
-    def decide_ms(self) -> float:
-        return sum(self.decide)
-
-    @property
-    def idle_ms(self) -> float:
-        return sum(self.idle)
+    def before_attention_ms(self) -> float:
+        return sum(self.before_attention)
 
     def summary(self) -> dict[str, Any]:
         def of(sparse: bool, values: Sequence[float]) -> list[float]:
             return [value for value, s in zip(values, self.sparse, strict=True) if s is sparse]
 
-        found: dict[str, Any] = {"decide_ms": round(self.decide_ms, 3), "idle_ms": round(self.idle_ms, 3)}
+        found: dict[str, Any] = {"decide_ms": round(sum(self.decide), 3), "idle_ms": round(sum(self.idle), 3)}
         for name, sparse in (("full", False), ("sparse", True)):
             if sparse not in self.sparse:
                 continue
@@ -205,10 +216,10 @@ class LayerWatch:
 
 
 def watch_layers(controller: FluxAttention, run: Callable[[], Any]) -> LayerWatch:
-    """A pass that routes inline, with events around what routing adds to a layer."""
+    """A pass with events around what routing inline adds to a layer."""
     watch, events = LayerWatch(), []
     pool, decide, decided = LayerPooling.pool, LayerPooling.decide, LayerPrefill._decided
-    attend, routed = controller.attend, LayerPrefill.routed
+    attend, routed, sides = controller.attend, LayerPrefill.routed, LayerPrefill._sides
     arrived = 0.0
 
     def record_event() -> torch.cuda.Event:
@@ -243,21 +254,28 @@ def watch_layers(controller: FluxAttention, run: Callable[[], Any]) -> LayerWatc
         events[-1].append(record_event())
         return out
 
+    def watched_sides(*args: Any) -> Tensor:
+        # Of a pass that is given its route.
+        events[-1].append(record_event())
+        return sides(*args)
+
     def watched_routed(*args: Any) -> Tensor:
         out = routed(*args)
-        watch.dry.append(events[-1][4].query())
+        if len(events[-1]) == 5:
+            watch.dry.append(events[-1][4].query())
         return out
 
     vars(controller)["attend"] = watched_attend
     LayerPooling.pool, LayerPooling.decide = watched_pool, watched_decide
-    LayerPrefill._decided, LayerPrefill.routed = watched_decided, watched_routed
+    LayerPrefill._decided, LayerPrefill.routed, LayerPrefill._sides = watched_decided, watched_routed, watched_sides
     try:
         run()
     finally:
         del vars(controller)["attend"]
         LayerPooling.pool, LayerPooling.decide = pool, decide
-        LayerPrefill._decided, LayerPrefill.routed = decided, routed
-    for queries, logits, rotary, launch, _ in events:
+        LayerPrefill._decided, LayerPrefill.routed, LayerPrefill._sides = decided, routed, sides
+    for queries, logits, rotary, launch, *_ in events:
+        watch.before_attention.append(queries.elapsed_time(launch))
         watch.decide.append(queries.elapsed_time(logits))
         watch.idle.append(rotary.elapsed_time(launch))
     return watch

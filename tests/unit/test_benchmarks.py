@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +67,7 @@ def test_layers_are_watched(monkeypatch):
 
     from flux_attention.config import FluxConfig
     from flux_attention.models.attach import attach
+    from flux_attention.route import Fixed
 
     class Event:
         def __init__(self, enable_timing):
@@ -87,8 +89,25 @@ def test_layers_are_watched(monkeypatch):
     ids = routing.torch.arange(1500)[None] % 256
     with routing.torch.no_grad():
         watch = routing.watch_layers(controller, lambda: model(ids))
-    assert watch.sparse == [True, False, True, False]
-    assert watch.decide_ms > 0 and all(idle > 0 for idle in watch.idle)
+        with controller.using(Fixed(controller.last_route)):
+            static = routing.watch_layers(controller, lambda: model(ids))
+    assert watch.sparse == [True, False, True, False] and not static.sparse
+    for seen in (watch, static):
+        assert len(seen.before_attention) == 4
+        parts = zip(seen.before_attention, seen.decide, seen.idle, strict=True)
+        assert all(whole > decide + idle > 0 for whole, decide, idle in parts)
+    assert sum(watch.decide) > sum(static.decide)
+
+    noted = {}
+    keeper = SimpleNamespace(
+        add=lambda name, value, unit, values, interval: noted.update({name: values}), note=noted.__setitem__
+    )
+    monkeypatch.setattr(routing, "WATCHED", 2)
+    passes = iter([watch, static, watch, static])
+    monkeypatch.setattr(routing, "watch_layers", lambda *_: next(passes))
+    routing.watched_layers(controller, None, None, keeper)
+    assert noted["routing_inline_layers_ms"] == [sum(watch.before_attention) - sum(static.before_attention)] * 2
+    assert len(noted["routing_inline_watched"]) == 2
     summary = watch.summary()
     assert all(summary[side]["late"] == 2 and summary[side]["wait_us"] >= 0 for side in ("full", "sparse"))
     # What was watched is as it was.
