@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from flux_attention.router import LayerRouter
 if TYPE_CHECKING:
     from end_to_end import Setup
 
-#: Pairs of an inline and a static prefill.
-PAIRS = 24
+#: Pairs of an inline and a static prefill: timed as a whole, and watched layer by layer.
+PAIRS, WATCHED = 24, 12
 
 
 def routing(setup: Setup, record: Recorder) -> None:
@@ -104,14 +105,14 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
     n, device = setup.short, setup.device
     prompt, pool = setup.prompt(n), dense_pool(setup, controller, n)
 
-    def once(route: Route | None) -> tuple[float, float, Route]:
-        """Milliseconds on the device, from its first event to its last, and on the clock; the route."""
+    def once(route: Route | None) -> tuple[float, float, Route, Tensor]:
+        """Milliseconds on the device, from its first event to its last, and on the clock; the route and the logits."""
         cache = controller.new_cache(pool=pool, max_row_tokens=n)
         sync(device)
         started, events = time.perf_counter(), [torch.cuda.Event(enable_timing=True) for _ in "ab"] if on_gpu else []
         if on_gpu:
             events[0].record()
-        generation._padded_prefill(controller, [prompt], cache, route)
+        logits = generation._padded_prefill(controller, [prompt], cache, route)
         if on_gpu:
             events[1].record()
         sync(device)
@@ -119,11 +120,14 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
         assert cache.route is not None
         found = cache.route
         cache.clear()
-        return events[0].elapsed_time(events[1]) if on_gpu else wall, wall, found
+        return events[0].elapsed_time(events[1]) if on_gpu else wall, wall, found, logits
 
     on_gpu = device.type == "cuda"
-    route = once(None)[2]
-    once(route)
+    _, _, route, logits = once(None)
+    given = once(route)[3]
+    error = ((logits - given).float().norm() / given.float().norm()).item()
+    # The same kernels on the same inputs, but for the moment at which attention is launched.
+    assert error < 1e-3, f"a prefill that finds its route gives other logits than one that is given it: {error:.1e}"
     inline, static = [], []
     for i in range(3 if setup.tiny else PAIRS):
         # Turns change places, so that a drift of the clocks falls on both alike.
@@ -133,63 +137,148 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
             a, b = once(None)[:2], once(route)[:2]
         inline.append(a)
         static.append(b)
-    details: dict[str, Any] = {
-        "inline_ms": statistics.median(a[0] for a in inline),
-        "static_ms": statistics.median(b[0] for b in static),
-        "sparse_layers": int((~route.use_full).sum()),
-    }
-    if on_gpu:
-        details |= late_layers(controller, lambda: once(None))
-    record.note("routing_inline", details)
+    record.note(
+        "routing_inline",
+        {
+            "inline_ms": statistics.median(a[0] for a in inline),
+            "static_ms": statistics.median(b[0] for b in static),
+            "logits_difference": error,
+            "sparse_layers": int((~route.use_full).sum()),
+        },
+    )
     for name, of in (("routing_inline_ms", 0), ("routing_inline_wall_ms", 1)):
         pairs = [a[of] - b[of] for a, b in zip(inline, static, strict=True)]
         record.add(name, statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
+    if on_gpu and controller.fusion is not None:
+        watched_layers(controller, lambda: once(None), lambda: once(route), record)
 
 
-def late_layers(controller: FluxAttention, run: Callable[[], Any]) -> dict[str, Any]:
-    """How many layers' attention was launched only after the device had done all work before it, and the host's part.
+def watched_layers(
+    controller: FluxAttention, inline: Callable[[], Any], static: Callable[[], Any], record: Recorder
+) -> None:
+    """The same difference where it comes from: between a layer's queries and its attention, over all layers.
 
-    `late` of each side; median microseconds from a decision's arrival to the end of the launch, `launch_us`, and of
-    waiting for a decision, `wait_us`, by side.
+    What a whole pass takes moves by several milliseconds with the device's clocks; this twentieth of it does not.
     """
-    begun, arrived = torch.cuda.Event(), 0.0
-    found: dict[str, list[tuple[bool, float, float]]] = {"full": [], "sparse": []}
-    attend, sides, wait = controller.attend, LayerPrefill._sides, LayerPooling.wait
-    waited = 0.0
+    watches = [(watch_layers(controller, inline), watch_layers(controller, static)) for _ in range(WATCHED)]
+    pairs = [a.before_attention_ms - b.before_attention_ms for a, b in watches]
+    record.add("routing_inline_layers_ms", statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
+    record.note(
+        "routing_inline_static_layers_ms", round(statistics.median(b.before_attention_ms for _, b in watches), 3)
+    )
+    record.note("routing_inline_watched", [a.summary() for a, _ in watches])
+
+
+@dataclass
+class LayerWatch:
+    """What a pass does before its layers' attention, layer by layer.
+
+    Attributes:
+        before_attention: milliseconds of the device from a layer's queries to its attention.
+        decide: milliseconds of the device from a layer's queries to its logits.
+        idle: milliseconds of the device between a layer's rotary embedding and its attention.
+        sparse: whether the layer is.
+        waited, launched: seconds that the host waits for a decision, and from its arrival to the end of the launch.
+            Of a pass that routes inline, as is what follows.
+        late: whether the device had done all work before the launch by then.
+        dry: whether it had done the attention, too, by the time that the host is past writing the cache.
+    """
+
+    before_attention: list[float] = field(default_factory=list)
+    decide: list[float] = field(default_factory=list)
+    idle: list[float] = field(default_factory=list)
+    sparse: list[bool] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    launched: list[float] = field(default_factory=list)
+    late: list[bool] = field(default_factory=list)
+    dry: list[bool] = field(default_factory=list)
+
+    @property
+    def before_attention_ms(self) -> float:
+        return sum(self.before_attention)
+
+    def summary(self) -> dict[str, Any]:
+        def of(sparse: bool, values: Sequence[float]) -> list[float]:
+            return [value for value, s in zip(values, self.sparse, strict=True) if s is sparse]
+
+        found: dict[str, Any] = {"decide_ms": round(sum(self.decide), 3), "idle_ms": round(sum(self.idle), 3)}
+        for name, sparse in (("full", False), ("sparse", True)):
+            if sparse not in self.sparse:
+                continue
+            found[name] = {
+                "late": sum(of(sparse, self.late)),
+                "dry_after": sum(of(sparse, self.dry)),
+                "longest_idle_us": round(max(of(sparse, self.idle)) * 1e3, 1),
+                "wait_us": round(statistics.median(of(sparse, self.waited)) * 1e6),
+                "launch_us": round(statistics.median(of(sparse, self.launched)) * 1e6),
+            }
+        return found
+
+
+def watch_layers(controller: FluxAttention, run: Callable[[], Any]) -> LayerWatch:
+    """A pass with events around what routing inline adds to a layer."""
+    watch, events = LayerWatch(), []
+    pool, decide, decided = LayerPooling.pool, LayerPooling.decide, LayerPrefill._decided
+    attend, routed, sides = controller.attend, LayerPrefill.routed, LayerPrefill._sides
+    arrived = 0.0
+
+    def record_event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def watched_pool(*args: Any) -> None:
+        before = record_event()
+        pool(*args)
+        events.append([before, record_event()])
 
     def watched_attend(*args: Any) -> Tensor:
-        begun.record()
+        events[-1].append(record_event())
         return attend(*args)
 
-    def watched_wait(*args: Any) -> None:
-        nonlocal arrived, waited
+    def watched_decide(*args: Any) -> list[bool]:
+        nonlocal arrived
         started = time.perf_counter()
-        wait(*args)
+        use_full = decide(*args)
         arrived = time.perf_counter()
-        waited = arrived - started
+        watch.waited.append(arrived - started)
+        watch.sparse.append(not use_full[0])
+        # In front of the launch: what it waits for the host, the device idles between this event and the one before.
+        events[-1].append(record_event())
+        return use_full
 
-    def watched_sides(self: LayerPrefill, layout: Any, cache: Any, use_full: list[bool], *args: Any) -> Tensor:
-        out = sides(self, layout, cache, use_full, *args)
-        took = time.perf_counter() - arrived
-        found["full" if use_full[0] else "sparse"].append((begun.query(), took, waited))
+    def watched_decided(*args: Any) -> Tensor:
+        out = decided(*args)
+        watch.launched.append(time.perf_counter() - arrived)
+        watch.late.append(events[-1][2].query())
+        events[-1].append(record_event())
+        return out
+
+    def watched_sides(*args: Any) -> Tensor:
+        # Of a pass that is given its route.
+        events[-1].append(record_event())
+        return sides(*args)
+
+    def watched_routed(*args: Any) -> Tensor:
+        out = routed(*args)
+        if len(events[-1]) == 5:
+            watch.dry.append(events[-1][4].query())
         return out
 
     vars(controller)["attend"] = watched_attend
-    LayerPrefill._sides, LayerPooling.wait = watched_sides, watched_wait
+    LayerPooling.pool, LayerPooling.decide = watched_pool, watched_decide
+    LayerPrefill._decided, LayerPrefill.routed, LayerPrefill._sides = watched_decided, watched_routed, watched_sides
     try:
         run()
     finally:
         del vars(controller)["attend"]
-        LayerPrefill._sides, LayerPooling.wait = sides, wait
-
-    def median_us(side: str, column: int) -> float:
-        return round(statistics.median(row[column] for row in found[side]) * 1e6)
-
-    return {
-        "late": {side: sum(row[0] for row in rows) for side, rows in found.items()},
-        "launch_us": {side: median_us(side, 1) for side, rows in found.items() if rows},
-        "wait_us": {side: median_us(side, 2) for side, rows in found.items() if rows},
-    }
+        LayerPooling.pool, LayerPooling.decide = pool, decide
+        LayerPrefill._decided, LayerPrefill.routed, LayerPrefill._sides = decided, routed, sides
+    for queries, logits, rotary, launch, *_ in events:
+        watch.before_attention.append(queries.elapsed_time(launch))
+        watch.decide.append(queries.elapsed_time(logits))
+        watch.idle.append(rotary.elapsed_time(launch))
+    return watch
 
 
 def median_interval(values: list[float], resamples: int = 10000) -> tuple[float, float]:

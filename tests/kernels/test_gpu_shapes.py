@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,25 @@ def run(op: str, packing: Packing, heads: int, dim: int) -> tuple[Callable[..., 
     if op == "triangle":
         return api.triangle_attention, kwargs | SIZES | {"dense_from": tuple(max(0, n - 128) for n in packing.k_lens)}
     return api.block_sparse_attention, kwargs | {"blocks": chosen(packing, heads), "block": 128}
+
+
+def test_prepared() -> None:
+    """A launch that was held back gives what it gives at once."""
+    for (hq, hk, dim), packing in itertools.product(HEADS[1:], PACKINGS[:3]):
+        torch.manual_seed(0)
+        n, m = packing.totals
+        q = torch.randn(n, hq, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(m, hk, dim, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+        for op, sizes in (("dense", {}), ("streaming", SIZES)):
+            function, kwargs = run(op, packing, hq, dim)
+            attend = functools.partial(function, q, k, v, impl="flash4", **kwargs)
+            launch = api.prepare(f"{op}_attention", attend, q, k, v, packing, impl="flash4", block=sizes.get("block"))
+            assert launch is not attend
+            out = launch()
+            assert torch.equal(out, attend()), (op, packing)
+            # It was this call that wrote them.
+            out.fill_(7)
+            assert torch.equal(launch(), attend()), (op, packing)
 
 
 @pytest.mark.parametrize("shape", HEADS, ids=lambda s: "x".join(map(str, s)))

@@ -206,6 +206,41 @@ def copy_config(**changes) -> FluxConfig:
     return replace(CONFIG, **changes)
 
 
+@torch.no_grad()
+def test_inline_sides_are_ready_before_the_decision(monkeypatch):
+    """Every layer prepares both sides, waits, and takes one; the result is that of a pass that is given the route."""
+    model = make_model("qwen3")
+    controller = attach(model, copy_config(router_input="inline"))
+    opinionated(controller)
+    events = []
+    decide = controller.pooling.decide
+    monkeypatch.setattr(controller.pooling, "decide", lambda *a: events.append("decide") or decide(*a))
+
+    def watched(name, prepare):
+        def prepared(self, inputs):
+            run = prepare(self, inputs)
+            events.append(f"{name} ready")
+            return lambda: events.append(f"{name} taken") or run()
+
+        return prepared
+
+    for name, mode in (("full", controller.full_mode), ("sparse", controller.sparse_mode)):
+        monkeypatch.setattr(type(mode), "prepare", watched(name, type(mode).prepare))
+    for prompts in (make_prompts(LENGTHS[0]), make_prompts(*LENGTHS)):
+        events.clear()
+        ids, mask = left_pad(prompts)
+        found, route = logits_of(model, ids, mask), controller.last_route
+        expected = []
+        for use_full in route.use_full.tolist():
+            expected += ["full ready", "sparse ready", "decide"]
+            # Rows on both sides go by side: neither is taken whole.
+            expected += ["full taken"] if all(use_full) else [] if any(use_full) else ["sparse taken"]
+        assert events == expected
+        with controller.using(Fixed(route)):
+            assert (found - logits_of(model, ids, mask))[mask.bool()].abs().max() <= TOLERANCE
+    assert len({tuple(row) for row in route.use_full.tolist()}) > 1
+
+
 def opinionated(controller) -> None:
     """Random last weights, so that the router's answer depends on the prompt."""
     with torch.no_grad():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +56,62 @@ def test_toy_run(tmp_path, program, sections, expected):
     assert set(expected) <= set(found)
     # Inline routing is a difference of two times, by events and by the clock: noise can turn its sign.
     assert all(value > 0 for name, value in found.items() if not name.startswith("routing_inline_"))
+
+
+def test_layers_are_watched(monkeypatch):
+    """Every layer's decision and launch is seen, on a stand-in for CUDA's events."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import routing
+    from model_8b import toy
+    from transformers import Qwen3ForCausalLM
+
+    from flux_attention.config import FluxConfig
+    from flux_attention.models.attach import attach
+    from flux_attention.route import Fixed
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    monkeypatch.setattr(routing.torch.cuda, "Event", Event)
+    model = Qwen3ForCausalLM(toy()).eval()
+    controller = attach(model, FluxConfig(sink_tokens=128, window_tokens=256, router_input="inline"), fuse=True)
+    routing.bias_layers(controller.router)
+    ids = routing.torch.arange(1500)[None] % 256
+    with routing.torch.no_grad():
+        watch = routing.watch_layers(controller, lambda: model(ids))
+        with controller.using(Fixed(controller.last_route)):
+            static = routing.watch_layers(controller, lambda: model(ids))
+    assert watch.sparse == [True, False, True, False] and not static.sparse
+    for seen in (watch, static):
+        assert len(seen.before_attention) == 4
+        parts = zip(seen.before_attention, seen.decide, seen.idle, strict=True)
+        assert all(whole > decide + idle > 0 for whole, decide, idle in parts)
+    assert sum(watch.decide) > sum(static.decide)
+
+    noted = {}
+    keeper = SimpleNamespace(
+        add=lambda name, value, unit, values, interval: noted.update({name: values}), note=noted.__setitem__
+    )
+    monkeypatch.setattr(routing, "WATCHED", 2)
+    passes = iter([watch, static, watch, static])
+    monkeypatch.setattr(routing, "watch_layers", lambda *_: next(passes))
+    routing.watched_layers(controller, None, None, keeper)
+    assert noted["routing_inline_layers_ms"] == [sum(watch.before_attention) - sum(static.before_attention)] * 2
+    assert len(noted["routing_inline_watched"]) == 2
+    summary = watch.summary()
+    assert all(summary[side]["late"] == 2 and summary[side]["wait_us"] >= 0 for side in ("full", "sparse"))
+    # What was watched is as it was.
+    assert "attend" not in vars(controller) and routing.LayerPooling.decide.__name__ == "decide"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ loaded before an op that needs it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "block_sparse_attention",
     "dense_attention",
     "paged_decode",
+    "prepare",
     "select_blocks",
     "streaming_attention",
     "triangle_attention",
@@ -86,6 +87,34 @@ def streaming_attention(
         "flex": streaming.streaming_flex,
     }[impl]
     return fn(q, k, v, packing, sink=sink, window=window, block=block, scale=scale)
+
+
+def prepare(
+    op: str,
+    run: Callable[[], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    impl: str = "auto",
+    block: int | None = None,
+) -> Callable[[], Tensor]:
+    """`run`, to be called once it is known to be wanted; where that is possible, with all done but its launch.
+
+    `run` is `dense_attention` or `streaming_attention` (its name is `op`) on these inputs. With flash-attn-4 and
+    without gradients it is called here and only its launches are held back; otherwise it comes back as it is.
+    """
+    if resolve(op, impl, q, block) != "flash4":
+        return run
+    from flux_attention.kernels import dense, held, streaming_pages
+
+    # Over lists of blocks, and under gradients, results are put together by what follows the launches.
+    plain = not dense.needs_grad(q, k, v)
+    if op == "streaming_attention":
+        assert block is not None
+        plain = streaming_pages.serves(q, k, v, packing, block)
+    return held.hold(run) if plain else run
 
 
 def triangle_attention(

@@ -6,6 +6,7 @@ packing), the cache, and the route. Everything the attention function needs is i
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -301,7 +302,8 @@ class FluxAttention:
                 step.keep_short_full = tuple(short)
                 step.decisions = [None] * layers
                 step.pool_plan = self._plan(layout)
-                step.route = Route.full(layers, sequences)
+                # Filled layer by layer.
+                step.route = Route(torch.ones(layers, sequences, dtype=torch.bool), torch.ones(layers, sequences))
         else:
             step.route = self.route(self._prompts(layout, kwargs))
             if isinstance(step.route, HeadRoute) and step.cache is not None:
@@ -377,8 +379,6 @@ class FluxAttention:
         if step.inline and step.soft is None:
             self.last_route = step.route
         if step.cache is not None:
-            if step.inline:
-                step.cache.set_route(step.route or Route.full(0, 0))
             step.cache.advance(step.layout.columns, step.layout.counts, decoded=step.layout.is_decode)
 
     # ------------------------------------------------------------------ attention
@@ -426,15 +426,17 @@ class FluxAttention:
                 return q[:, 0]
 
             return self.decode(layer, append, scale)[:, None]
-        if step.inline and step.soft is None:
-            self.pooling.wait(step, layer)
         q, k, v = (x.reshape(batch * columns, -1, dim) for x in (q, k, v))
         if not step.layout.is_plain:
             if step.index is None:
                 step.index = step.layout.token_index(query.device)
             q, k, v = (x[step.index] for x in (q, k, v))
         prefill = LayerPrefill(step, layer, self.full_mode, self.sparse_mode, scale, step.impl or self.impl)
-        out = prefill.blended(q, k, v) if step.soft else prefill.routed(q, k, v)
+        if step.soft is not None:
+            out = prefill.blended(q, k, v)
+        else:
+            decide = functools.partial(self.pooling.decide, step, layer) if step.inline else None
+            out = prefill.routed(q, k, v, decide)
         if not step.layout.is_plain:
             assert step.index is not None
             # Padding gets zeros: it must carry nothing into the layers above, NaN least of all.

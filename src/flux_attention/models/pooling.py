@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from flux_attention.kernels.fused import Norm, pool_queries
 from flux_attention.models.step import Step
-from flux_attention.route import Route
 from flux_attention.router import straight_through_gate
 
 if TYPE_CHECKING:
@@ -68,7 +67,8 @@ class LayerPooling:
 
         An inline decision is made in line with the layer, by four short launches behind the queries. Beside the other
         projections they would wait at each of them: a product's blocks hold the whole device until it is done. So the
-        decision has two projections and the rotary embedding to reach the host.
+        decision has two projections and the rotary embedding to reach the host, and the host to launch what it has
+        ready by then.
         """
         controller = self._controller
         step = controller._step
@@ -129,24 +129,22 @@ class LayerPooling:
         with torch.cuda.stream(self._side):
             yield
 
-    def wait(self, step: Step, layer: int) -> None:
-        """Wait for this layer's decision and write it into the step's route."""
-        decision = step.decisions[layer]
-        assert decision is not None and step.route is not None
+    def decide(self, step: Step, layer: int) -> list[bool]:
+        """Wait for this layer's decisions, True = full, and write them into the step's route."""
+        decision, route = step.decisions[layer], step.route
+        assert decision is not None and route is not None and route.p_full is not None
         logits, event = decision
         if event is not None:
             event.synchronize()
             step.held.clear()
-        if step.route.p_full is None:
-            step.route = Route(step.route.use_full, torch.ones(step.route.use_full.shape))
-            if step.cache is not None:
-                step.cache.set_route(step.route)
-        assert step.route.p_full is not None
+        use_full = []
         # The device waits for these lines: plain numbers are quicker than a dozen operations on two of them.
         for s, ((sparse, full), short) in enumerate(zip(logits.tolist(), step.keep_short_full, strict=True)):
+            use_full.append(short or full > sparse)
             if not short:
-                step.route.p_full[layer, s] = 0.5 + 0.5 * math.tanh(0.5 * (full - sparse))
-                step.route.use_full[layer, s] = full > sparse
+                route.p_full[layer, s] = 0.5 + 0.5 * math.tanh(0.5 * (full - sparse))
+                route.use_full[layer, s] = use_full[s]
+        return use_full
 
     def join(self, step: Step) -> None:
         """Have the device wait for what runs beside, so that the pooled queries can be read."""

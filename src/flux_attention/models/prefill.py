@@ -5,6 +5,7 @@ Shapes: `S` sequences packed into `N` new tokens; `q [N, Hq, D]`, `k, v [N, Hk, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,20 +67,44 @@ class LayerPrefill:
             use_full = step.packings["host", layer]
         return hard_blend(side, self.full, self.sparse, gate, use_full, layout.counts)
 
-    def routed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each sequence on its own side; sequences of one side share a launch."""
+    def routed(self, q: Tensor, k: Tensor, v: Tensor, decide: Callable[[], list[bool]] | None = None) -> Tensor:
+        """Each sequence on its own side; sequences of one side share a launch.
+
+        `decide` gives the sides, True = full, of a pass that routes inline: it waits until the device has decided.
+        """
         step, layer = self.step, self.layer
         layout, cache, ends = step.layout, step.cache, step.prompt_ends
         assert step.route is not None
         if isinstance(step.route, HeadRoute):
             return self._by_head(step.route.heads[layer], q, k, v)
-        out = self._sides(layout, cache, step.route.use_full[layer].tolist(), ends, q, k, v)
+        if decide is None:
+            out = self._sides(layout, cache, step.route.use_full[layer].tolist(), ends, q, k, v)
+        else:
+            out = self._decided(decide, q, k, v)
         if cache is not None:
             start = 0
             for s, n in enumerate(layout.counts):
                 cache.append(layer, layout.slots[s], k[start : start + n], v[start : start + n])
                 start += n
         return out
+
+    def _decided(self, decide: Callable[[], list[bool]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Both sides made ready, as far as they can be, while the decisions of a whole prompt's pass are on their way.
+
+        From their arrival on, the device runs out of work: what is left to do then is one launch.
+        """
+        layout, ends = self.step.layout, self.step.prompt_ends
+        packing = Packing(layout.counts, layout.counts)
+        inputs = PrefillInputs(q, k, v, packing, ends, self.scale, self.impl)
+        full, sparse = self.full.prepare(inputs), self.sparse.prepare(inputs)
+        use_full = decide()
+        if all(use_full):
+            return full()
+        if not any(use_full):
+            return sparse()
+        # Neither is wanted whole; their results would only take memory.
+        del full, sparse
+        return self._sides(layout, self.step.cache, use_full, ends, q, k, v)
 
     def _by_head(self, heads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """KV heads become sequences of one head each, and then a head is routed as a sequence is; `heads [Hk, S]`."""

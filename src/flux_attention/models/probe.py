@@ -90,11 +90,13 @@ class ProbeGraphs:
         """The router's `p_full [L, S]` on the host, or None for what is not replayed: CPU models and short prompts."""
         controller = self._controller
         columns = 2 * controller.config.pool_tokens
-        if not self._can_capture() or len(prompts) > _MOST or any(p.numel() < columns for p in prompts):
+        if len(prompts) > _MOST or any(p.numel() < columns for p in prompts):
             return None
         # Another router or other kernels make another graph.
         key = (len(prompts), controller.impl, *(p.data_ptr() for p in controller.router.parameters()))
         if key not in self._graphs:
+            if not self._can_capture():
+                return None
             self._graphs[key] = self._capture(len(prompts), columns)
             if len(self._graphs) > _KEPT:
                 self._graphs.popitem(last=False)
@@ -113,13 +115,14 @@ class ProbeGraphs:
 
     def _capture(self, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
         controller = self._controller
-        ids = torch.zeros(rows, columns, dtype=torch.long, device=controller.device)
+        # Copies from and to the host are part of the graph: a replay is then one call, and a wait for it.
+        ids = torch.zeros(rows, columns, dtype=torch.long, pin_memory=True)
+        shares = torch.empty(len(controller.layers), rows, 2, pin_memory=True)
         step = _step(controller, [columns] * rows, columns)
 
-        def run() -> Tensor:
-            logits = controller.router.from_parts(_run(controller, ids, step))
-            # Of two logits, the softmax of the second is the sigmoid of their difference: dense, and one copy away.
-            return (logits[..., 1] - logits[..., 0]).sigmoid_()
+        def run() -> None:
+            found = _run(controller, ids.to(controller.device, non_blocking=True), step)
+            shares.copy_(controller.router.from_parts(found).softmax(-1), non_blocking=True)
 
         stream = torch.cuda.Stream(controller.device)
         stream.wait_stream(torch.cuda.current_stream(controller.device))
@@ -129,22 +132,30 @@ class ProbeGraphs:
         torch.cuda.current_stream(controller.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            p_full = run()
+            run()
 
-        return _Replay(ids, graph, p_full, step)
+        return _Replay(ids, graph, shares, step, controller.device)
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """A captured probe. Its graph reads and writes the memory of these tensors, so they live as long as it does."""
+    """A captured probe. Its graph reads and writes the memory of these tensors, so they live as long as it does.
+
+    Attributes:
+        ids: token ids `[S, columns]`, pinned.
+        shares: the routers' two probabilities, `[L, S, 2]`, pinned.
+        step: of the captured pass.
+    """
 
     ids: Tensor
     graph: torch.cuda.CUDAGraph
-    p_full: Tensor
+    shares: Tensor
     step: Step
+    device: torch.device
 
     def __call__(self, ends: Tensor) -> Tensor:
         """`p_full [L, S]` on the host for the prompts' two ends, `[S, columns]`."""
         self.ids.copy_(ends)
         self.graph.replay()
-        return self.p_full.cpu()
+        torch.cuda.current_stream(self.device).synchronize()
+        return self.shares[..., 1].clone()

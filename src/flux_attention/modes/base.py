@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,3 +52,11 @@ class Mode(ABC):
     @abstractmethod
     def prefill(self, inputs: PrefillInputs) -> Tensor:
         """Attend from the packed queries to the packed keys; `[N, Hq, D]`."""
+
+    def prepare(self, inputs: PrefillInputs) -> Callable[[], Tensor]:
+        """`prefill`, as a function to call once this side is known to be taken.
+
+        Modes that only launch attention do everything else right away, so that a device that waits for the decision
+        waits for a launch and no more.
+        """
+        return functools.partial(self.prefill, inputs)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from torch import Tensor
 
-from flux_attention.kernels.api import dense_attention
+from flux_attention.kernels.api import dense_attention, prepare
 from flux_attention.modes.base import Mode, PrefillInputs
 
 
@@ -14,3 +17,7 @@ class Full(Mode):
     def prefill(self, inputs: PrefillInputs) -> Tensor:
         x = inputs
         return dense_attention(x.q, x.k, x.v, x.packing, scale=x.scale, impl=x.impl)
+
+    def prepare(self, inputs: PrefillInputs) -> Callable[[], Tensor]:
+        x, run = inputs, functools.partial(self.prefill, inputs)
+        return prepare("dense_attention", run, x.q, x.k, x.v, x.packing, impl=x.impl)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from torch import Tensor
 
-from flux_attention.kernels.api import streaming_attention
+from flux_attention.kernels.api import prepare, streaming_attention
 from flux_attention.modes.base import Mode, PrefillInputs
 
 
@@ -24,4 +27,10 @@ class Streaming(Mode):
             block=config.block_tokens,
             scale=x.scale,
             impl=x.impl,
+        )
+
+    def prepare(self, inputs: PrefillInputs) -> Callable[[], Tensor]:
+        x, run = inputs, functools.partial(self.prefill, inputs)
+        return prepare(
+            "streaming_attention", run, x.q, x.k, x.v, x.packing, impl=x.impl, block=self.config.block_tokens
         )
