@@ -44,10 +44,10 @@ CELLS = BoardConfig(
     weak_samples=2,
     calibration=1,
     calibration_text=1,
-    calibration_length=1700,
+    calibration_length=2600,
     heads=HeadTraining(steps=1, batch_size=2),
     head_samples=1,
-    head_lengths=(1700,),
+    head_lengths=(2600,),
 )
 LIGHT = replace(CELLS, policies=("router",))
 
@@ -87,6 +87,17 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(boards, "outcomes_of", counting)
     return calls
+
+
+def test_a_static_split_by_given_costs_is_an_entrant(model, adapter, tmp_path, any_score):
+    order = tuple(reversed(range(LAYERS)))
+    config = replace(LIGHT, policies=("router", "searched"), searched=order)
+    board = make_board(model, adapter, tmp_path, config)
+    (found,) = board.baselines(board.samples.test.cells, 1 / LAYERS)
+    assert (found.family, found.matched) == ("searched", True)
+    assert {column for columns in found.columns.values() for column in columns} == {"1" * (LAYERS - 1) + "0"}
+    with pytest.raises(ValueError, match="come together"):
+        replace(LIGHT, searched=order)
 
 
 # ------------------------------------------------------------------------------------------------ outcomes

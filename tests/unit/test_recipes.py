@@ -9,6 +9,7 @@ import torch
 
 from flux_attention.models.adapter import load_adapter
 from flux_attention.training.build import build
+from flux_attention.training.card import mean_ranking
 from flux_attention.training.launch import main
 from flux_attention.training.sources import Rows
 
@@ -61,7 +62,15 @@ def test_the_smollm2_recipe_runs(tmp_path):
     assert written["rankings"] == result["rankings"] and sorted(written["rankings"]["text"]["order"]) == list(
         range(LAYERS)
     )
-    policies = ["dense", "router", "static code 0.50", "static text 0.50", "static text 0.75", "static more 0.50", "interleaved 0.80"]
+    policies = [
+        "dense",
+        "router",
+        "static code 0.50",
+        "static text 0.50",
+        "static text 0.75",
+        "static more 0.50",
+        "interleaved 0.80",
+    ]
     assert list(written["evaluation"]["policies"]) == policies
     assert written["steps_done"] == 1 and set(written["fit_held_out"]) <= {
         "code_completion",
@@ -79,3 +88,6 @@ def test_the_smollm2_recipe_runs(tmp_path):
     assert again["figures"][0]["value"] * 60 >= sum(result["phases"][n]["seconds"] for n in ("probe", "search"))
     first, second = (load_adapter(tmp_path / name).state for name in ("out", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sorted(mean_ranking(tmp_path / "results")) == list(range(LAYERS))
+    with pytest.raises(ValueError, match="no rankings"):
+        mean_ranking(tmp_path / "card")

@@ -272,6 +272,8 @@ class Board:
             found.append(Entrant(name, family, columns, mode, matched))
 
         rankings = self._rankings([name for name in ("greedy-text", "damage", "greedy") if name in chosen])
+        if "searched" in chosen:
+            rankings["searched"] = list(config.searched)
         for share in dict.fromkeys((omega, *config.sparsities)):
             here = cells if share == omega else few
             for name, order in rankings.items():

@@ -44,6 +44,7 @@ class BoardConfig:
     Attributes:
         tasks, lengths, samples, seed: the cells; the same samples for every entrant.
         policies: of `entrants.POLICIES`; the dense model is always there.
+        searched: layers, least needed first, of the policy of this name; it is there when they are.
         weak_samples: the first samples of each cell, for entrants far behind and for curves; XAttention, whose plain
             kernel is many small launches, gets a quarter of them.
         dial: Ω that the first adapter's dial is set to, for its curve.
@@ -64,7 +65,8 @@ class BoardConfig:
     lengths: tuple[int, ...] = (4096, 8000)
     samples: int = 200
     seed: int = 0
-    policies: tuple[str, ...] = tuple(POLICIES)
+    policies: tuple[str, ...] = tuple(name for name in POLICIES if name != "searched")
+    searched: tuple[int, ...] = ()
     weak_samples: int = 25
     dial: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
@@ -93,6 +95,8 @@ class BoardConfig:
         unknown = [name for name in self.policies if name not in POLICIES]
         if unknown:
             raise ValueError(f"unknown policy {unknown[0]!r}; known: {', '.join(POLICIES)}")
+        if ("searched" in self.policies) != bool(self.searched):
+            raise ValueError("the policy searched and its order of layers (--searched FILE) come together")
         if "router" not in self.policies:
             raise ValueError("policies must include the router: the baselines stand at its sparsity")
         for name in (

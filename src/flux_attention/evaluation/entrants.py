@@ -25,6 +25,7 @@ POLICIES: dict[str, str] = {
     "greedy-text": "static, layers chosen one after the other by NLL on calibration text (arXiv 2606.27791)",
     "damage": "static, layers ranked by single-layer damage on the training tasks",
     "greedy": "static, layers chosen one after the other by damage on the training tasks",
+    "searched": "static, by the costs that the router was fitted to, its groups weighing the same",
     "duo": "static KV heads with gates trained on the training tasks (DuoAttention)",
     "elastic": "a router of KV heads trained on the training tasks (Elastic Attention)",
     "interleaved": "static, sparse layers spread over the depth",
@@ -36,7 +37,7 @@ POLICIES: dict[str, str] = {
 }
 #: Known to be far behind or not compared at equal Ω: `weak_samples` of each cell are enough for them.
 WEAK = ("interleaved", "random", "inline", "sparse", "triangle", "xattention")
-#: Families that choose once for all prompts; the router has to beat the best of them.
+#: Families that choose once for all prompts; the router has to beat the best of them, and of "searched" if it is there.
 STATIC = ("greedy-text", "damage", "greedy", "duo", "interleaved")
 
 

@@ -212,7 +212,7 @@ def _figures(
     if text:
         routed, dense = (np.concatenate([losses[key] for key in text]) for losses in (our_losses, dense_losses))
         figures.append(Figure.of("board_nll_vs_dense", paired_ratio(routed, dense), "ratio"))
-    margins = [row.margin for row in rows if row.margin is not None and row.family in STATIC]
+    margins = [row.margin for row in rows if row.margin is not None and row.family in (*STATIC, "searched")]
     if margins:
         # The best static split is the one that leaves the router the smallest lead here: chosen in its favour.
         best = min(margins, key=lambda margin: margin.value)

@@ -5,8 +5,10 @@ Both are for the recipe's own look at its result; the figures that count are `ev
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch
 from flux_attention.data import Sample
 from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Policy, PolicyContext
-from flux_attention.training.damage import DamageMeter, counts_as_whole
+from flux_attention.training.damage import DamageMeter, counts_as_whole, rank_positions
 
 #: policy → task → `omega` and `accuracy` or `nll`.
 Comparison = dict[str, dict[str, dict[str, float]]]
@@ -65,6 +67,19 @@ def comparison_text(table: Comparison) -> str:
             cells.append(f"{_score(row[task]):>9.3f} ({ratio:.3f}×) Ω{row[task]['omega']:.2f}".rjust(28))
         lines.append(f"{name:<26}" + "".join(cells))
     return "\n".join(lines)
+
+
+def mean_ranking(path: Path) -> tuple[int, ...]:
+    """Layers by their mean place in the rankings of a recipe's log, least needed first.
+
+    Raises ValueError for a file without rankings.
+    """
+    try:
+        orders = [row["order"] for row in json.loads(path.read_text(encoding="utf-8"))["rankings"].values()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no rankings of a recipe's run ({error!r})") from error
+    places = torch.stack([rank_positions(order) for order in orders]).mean(0)
+    return tuple(torch.argsort(places, stable=True).tolist())
 
 
 def model_card(result: Mapping[str, Any], title: str, about: str) -> str:

@@ -22,6 +22,12 @@ def board(
     policies: Annotated[
         str, typer.Option("--policies", help="Names with commas between them, or all; an unknown one lists them.")
     ] = "all",
+    searched: Annotated[
+        Path | None,
+        typer.Option(
+            "--searched", help="Costs that the router was fitted to (JSON): their mean as one more static split."
+        ),
+    ] = None,
     weak_samples: Annotated[
         int, typer.Option("--weak-samples", help="Samples per task and length for weak baselines and curves.")
     ] = 25,
@@ -75,16 +81,18 @@ def board(
     from flux_attention.cli.board import run
     from flux_attention.cli.session import choose_device
     from flux_attention.evaluation.board_config import MIXED, BoardConfig
-    from flux_attention.evaluation.entrants import POLICIES
+    from flux_attention.training.card import mean_ranking
     from flux_attention.training.heads import HeadTraining
 
+    named = BoardConfig.policies if policies == "all" else tuple(policies.split(","))
     on_gpu = choose_device(device).type == "cuda"
     config = BoardConfig(
         tasks=MIXED if tasks == "mixed" else tuple(tasks.split(",")),
         lengths=numbers("--lengths", lengths, int),
         samples=samples,
         seed=seed,
-        policies=tuple(POLICIES) if policies == "all" else tuple(policies.split(",")),
+        policies=named if searched is None else tuple(dict.fromkeys((*named, "searched"))),
+        searched=() if searched is None else mean_ranking(searched),
         weak_samples=min(weak_samples, samples),
         dial=numbers("--dial", dial, float),
         sparsities=numbers("--sparsities", sparsities, float),
