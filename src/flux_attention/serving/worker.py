@@ -67,7 +67,7 @@ class RoutedWorker(_Mixed):
         probes: dict[str, list[int]] | None = getattr(scheduler_output, PROBES, None)
         if probes:
             self._scores.update(zip(probes, self._probe.scores(list(probes.values())), strict=True))
-        self._batch.forget()
+        self._batch.begin_step(bool(scheduler_output.scheduled_new_reqs))
         output = super().execute_model(scheduler_output)
         if self._inline is not None:
             self._scores.update(self._inline.take())
