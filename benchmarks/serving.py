@@ -231,6 +231,7 @@ class Speed:
         self.recorder, self.until = recorder, until
         self.short, self.long, self.tokens = settings["short"], settings["long"], settings["tokens"]
         self.alone: dict[int, dict[str, dict[str, float]]] = {}
+        self.left_out: set[tuple[int, int]] = set()
         self._started, self._loads, self._rng = time.perf_counter(), 0, random.Random(0)
         self._folder = tempfile.TemporaryDirectory()
         context = max(self.long, *(length for length, _ in settings["loads"] or ()), 0) + 2048
@@ -345,7 +346,7 @@ class Speed:
             each = [a / statistics.median(dense) for a in found[way]]
             self.recorder.add(f"vllm_overhead_{size}{name}", ratios[way], "ratio", each, bounds[way])
 
-    def probe(self, rounds: int = 3) -> None:
+    def probe(self, rounds: int = 8) -> None:
         """Milliseconds that a probe adds to the time to first token, at twice the short length."""
         extra = []
         for _ in range(rounds):
@@ -361,6 +362,8 @@ class Speed:
             self.recorder.note(f"load_{label(length)}_c{concurrency}", found)
         dense, sparse = found["dense"], found["sparse75"]
         size, throughput = label(length), sparse["tokens_per_s"] / dense["tokens_per_s"]
+        self.left_out.discard((length, concurrency))
+        self.recorder.details["left_out"] = [f"{n}x{count}" for n, count in sorted(self.left_out)]
         if concurrency == 1:
             self.alone[length] = found
             self.recorder.add(f"vllm_ttft_{size}_q75", dense["ttft_s"] / sparse["ttft_s"], "×")
@@ -389,28 +392,28 @@ class Speed:
         return 1.1 * seconds
 
     def run_loads(self, loads: Sequence[tuple[int, int]]) -> None:
-        """What there is time for, in this order; the rest is named in the results."""
+        """What there is time for, in this order."""
         for length, concurrency in loads:
             needed = self.needs(length, concurrency)
             if needed <= self.left:
                 self.compare(length, concurrency)
-                continue
-            if (length, concurrency) == (self.long, 4) and (length, 2) not in loads:
-                self.run_loads([(length, 2)])
-            left_out = [*self.recorder.details.get("left_out", ()), f"{length}x{concurrency}"]
-            self.recorder.note("left_out", left_out)
-            say(f"no time for {length} × {concurrency}: {needed:.0f} s, {self.left:.0f} s left")
+            else:
+                say(f"no time for {concurrency} × {length} tokens: {needed:.0f} s, {self.left:.0f} s left")
 
     def run(self, loads: Sequence[tuple[int, int]] | None) -> None:
-        """`loads` alone, or everything, the wanted figures first."""
+        """`loads` alone, or everything, the wanted figures first; what is left out is named in the results."""
         self.warm_up()
         if loads is not None:
+            self.left_out = set(loads)
             self.run_loads(loads)
             return
         middle = self.long // 4
+        self.left_out = {(length, count) for length in (middle, self.long) for count in (1, 4, 16)}
         self.run_loads([(self.long, 1)])
         self.overhead()
         self.run_loads([(self.long, 4)])
+        if (self.long, 4) in self.left_out:
+            self.run_loads([(self.long, 2)])
         self.probe()
         self.run_loads([(middle, 1), (middle, 4), (middle, 16), (self.long, 16)])
         say("done")
