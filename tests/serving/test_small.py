@@ -112,9 +112,11 @@ def test_blocks_follow_the_route(llm, tiny):
         assert report["sparse_layers"] == list(sparse) and (report["kv_saved"] > 0) == bool(sparse)
 
 
-def test_random_requests_and_aborts_leave_nothing(llm):
+def test_random_requests_and_aborts_leave_nothing(llm, tiny):
     assert harness.random_traffic(llm, requests=500) > 100
     assert free_blocks(llm)[0] == free_blocks(llm)[1]
+    asks = mixed_asks(tiny, random_ids(4000), LENGTHS)
+    assert max(differences(tiny, asks, generate(llm, asks))) < TOLERANCE
 
 
 def test_preemption_keeps_the_decision(start, tiny):
