@@ -1,22 +1,27 @@
 """The vLLM plugin, measured on real engines: exactness, blocks, the scheduler's time; on a GPU, latency and throughput.
 
     python benchmarks/serving.py                       SmolLM2 and a tiny model on the processor
-    python benchmarks/serving.py --gpu --seconds 240   shapes of Qwen3-8B with random weights
+    python benchmarks/serving.py --gpu --seconds 270   shapes of Qwen3-8B with random weights
+    python benchmarks/serving.py --gpu --loads 32768x16,131072x2    other loads alone, in a file of theirs
 
-Speed is that of one engine, which answers the same prompts routed and forced dense, request by request. Three quarters
-of the layers run sparse, whole KV groups of them: what is fixed here is the route, so that the figures are about the
-engine. The figures that matter most come first, and each is on the disk as soon as it is known: a run that is cut off
-keeps what it has. `--shape` and `--long` make a rehearsal of it that a processor can run.
+On a GPU a small model comes first, and is compared with float32: without that no speed is measured. Speed is that of
+one engine, which answers the same prompts routed and forced dense, request by request. Three quarters of the layers run
+sparse, whole KV groups of them: what is fixed here is the route, so that the figures are about the engine. The figures
+that matter most come first, and each is on the disk as soon as it is known: a run that is cut off keeps what it has,
+and names the loads that it had no time for. `--shape` and `--long` make a rehearsal of it that a processor can run.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
+import itertools
 import json
+import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -225,10 +230,12 @@ class Speed:
 
     def __init__(self, settings: dict[str, Any], recorder: Recorder, until: float) -> None:
         self.recorder, self.until = recorder, until
-        self.short, self.long = settings["short"], settings["long"]
+        self.short, self.long, self.tokens = settings["short"], settings["long"], settings["tokens"]
+        self.alone: dict[int, dict[str, dict[str, float]]] = {}
+        self.left_out: set[tuple[int, int]] = set()
         self._started, self._loads, self._rng = time.perf_counter(), 0, random.Random(0)
         self._folder = tempfile.TemporaryDirectory()
-        context = self.long + 2048
+        context = max(self.long, *(length for length, _ in settings["loads"] or ()), 0) + 2048
         model, adapter = big_model(Path(self._folder.name), context, **settings["shape"])
         say("importing vLLM")
         from vllm import LLM
@@ -262,8 +269,11 @@ class Speed:
         self.pool = state.kv_cache_manager.block_pool.num_gpu_blocks * 128 // groups
         recorder.note("engine_start_s", round(time.perf_counter() - self._started, 1))
         recorder.note("kv_pool_dense_tokens", self.pool)
+        recorder.note("probe_graphs", probe_graphs(self.llm))
+        if not (on_cpu or recorder.details["probe_graphs"]):
+            say("the probe is no CUDA graph and runs eagerly: the log says why")
 
-    def load(self, way: str, length: int, concurrency: int, tokens: int) -> dict[str, float]:
+    def load(self, way: str, length: int, concurrency: int, tokens: int, *, quiet: bool = False) -> dict[str, float]:
         """`concurrency` requests at once: median seconds to the first token, ms per token after it, and the whole."""
         from vllm import SamplingParams
 
@@ -289,7 +299,8 @@ class Speed:
             "seconds": whole,
             "tokens_per_s": concurrency * (length + tokens) / whole,
         }
-        say(f"{way:<9} {concurrency:>2} × {length} tokens: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        if not quiet:
+            say(f"{way:<9} {concurrency:>2} × {length} tokens: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
         return found
 
     @property
@@ -307,28 +318,38 @@ class Speed:
         for way in ("dense", "sparse75", "probed75"):
             self.load(way, self.short + self.recorder.settings["chunk"], 1, 8)
 
-    def overhead(self, rounds: int = 15, tokens: int = 64) -> None:
+    def overhead(self, seconds: float = 35, tokens: int = 32) -> None:
         """Prompts that are too short for any key to be dropped: what routing costs where it cannot gain.
 
         `router` is a request without options, which at this length runs dense, unprobed; `sparse75` is made to run
-        sparse layers all the same. The figure is the worse of the two. Single requests vary by a tenth, so medians are
-        compared, of turns that change places.
+        sparse layers all the same. The figure is the worse of the two. Single requests vary by a tenth, whatever they
+        ask for, so medians are compared, of many turns in every order.
         """
-        ways = ("dense", "router", "sparse75")
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(rounds):
-            for way in ways[turn % 3 :] + ways[: turn % 3]:
-                seconds[way].append(self.load(way, self.short, 1, tokens)["seconds"])
-        size = label(self.short)
-        dense = statistics.median(seconds["dense"])
-        found = {way: statistics.median(seconds[way]) / dense for way in ways[1:]}
-        for way, ratio in found.items():
-            each = [a / dense for a in seconds[way]]
-            self.recorder.add(f"vllm_overhead_{size}_{way}", ratio, "ratio", each)
-        worst = max(found, key=lambda way: found[way])
-        self.recorder.add(f"vllm_overhead_{size}", found[worst], "ratio", [a / dense for a in seconds[worst]])
+        orders = itertools.cycle(itertools.permutations(("dense", "router", "sparse75")))
+        found: dict[str, list[float]] = {"dense": [], "router": [], "sparse75": []}
+        began = now = time.perf_counter()
+        until = min(began + seconds, self.until)
+        # As long as another turn fits, of what the turns so far took.
+        while not found["dense"] or now + (now - began) / len(found["dense"]) < until:
+            for way in next(orders):
+                found[way].append(self.load(way, self.short, 1, tokens, quiet=True)["seconds"])
+            now = time.perf_counter()
+        dense, size, rng = found.pop("dense"), label(self.short), random.Random(0)
+        bounds = {}
+        for way, each in found.items():
+            draws = sorted(
+                statistics.median(rng.choices(each, k=len(each))) / statistics.median(rng.choices(dense, k=len(dense)))
+                for _ in range(2000)
+            )
+            bounds[way] = draws[50], draws[-51]
+        self.recorder.note(f"overhead_{size}_dense_s", dense)
+        ratios = {way: statistics.median(each) / statistics.median(dense) for way, each in found.items()}
+        worst = max(ratios, key=lambda way: ratios[way])
+        for way, name in (*((way, f"_{way}") for way in ratios), (worst, "")):
+            each = [a / statistics.median(dense) for a in found[way]]
+            self.recorder.add(f"vllm_overhead_{size}{name}", ratios[way], "ratio", each, bounds[way])
 
-    def probe(self, rounds: int = 3) -> None:
+    def probe(self, rounds: int = 8) -> None:
         """Milliseconds that a probe adds to the time to first token, at twice the short length."""
         extra = []
         for _ in range(rounds):
@@ -336,51 +357,74 @@ class Speed:
             extra.append((probed - static) * 1e3)
         self.recorder.add("vllm_probe_ms", statistics.median(extra), "ms", extra)
 
-    def latency(self, length: int, tokens: int = 32) -> dict[str, dict[str, float]]:
-        """One request alone, each way."""
-        found = {way: self.load(way, length, 1, tokens) for way in ("sparse75", "dense")}
-        dense, sparse = found["dense"], found["sparse75"]
-        size = label(length)
-        self.recorder.note(f"latency_{size}", found)
-        self.recorder.add(f"vllm_ttft_{size}_q75", dense["ttft_s"] / sparse["ttft_s"], "×")
-        self.recorder.add(f"vllm_tpot_{size}_q75", dense["tpot_ms"] / sparse["tpot_ms"], "×")
-        return found
-
-    def throughput(self, length: int, concurrency: int, tokens: int) -> None:
-        """Tokens a second, in and out, of requests that arrive together, with the whole KV pool for either way."""
+    def compare(self, length: int, concurrency: int) -> None:
+        """Requests that arrive together, each way, with the whole KV pool; throughput counts tokens in and out."""
         found: dict[str, dict[str, float]] = {}
         for way in ("sparse75", "dense"):
-            found[way] = self.load(way, length, concurrency, tokens)
-            self.recorder.note(f"throughput_{label(length)}_c{concurrency}", found)
-        ratio = found["sparse75"]["tokens_per_s"] / found["dense"]["tokens_per_s"]
-        self.recorder.add(f"vllm_throughput_{label(length)}_c{concurrency}", ratio, "×")
-        self.recorder.add(f"vllm_throughput_{label(length)}_q75", ratio, "×")
+            found[way] = self.load(way, length, concurrency, self.tokens)
+            self.recorder.note(f"load_{label(length)}_c{concurrency}", found)
+        dense, sparse = found["dense"], found["sparse75"]
+        size, throughput = label(length), sparse["tokens_per_s"] / dense["tokens_per_s"]
+        self.left_out.discard((length, concurrency))
+        self.recorder.details["left_out"] = [f"{n}x{count}" for n, count in sorted(self.left_out)]
+        if concurrency == 1:
+            self.alone[length] = found
+            self.recorder.add(f"vllm_ttft_{size}_q75", dense["ttft_s"] / sparse["ttft_s"], "×")
+            self.recorder.add(f"vllm_tpot_{size}_q75", dense["tpot_ms"] / sparse["tpot_ms"], "×")
+        self.recorder.add(f"vllm_throughput_{size}_c{concurrency}", throughput, "×")
+        if concurrency > 1:
+            # Of several such loads the one that comes last, which is the largest, counts.
+            self.recorder.add(f"vllm_throughput_{size}_q75", throughput, "×")
+            # If none ran alone: what `needs` can know is as if they had come one after the other.
+            each = {way: {"ttft_s": load["seconds"] / concurrency, "tpot_ms": 0.0} for way, load in found.items()}
+            self.alone.setdefault(length, each)
 
-    def affordable(self, seconds: dict[str, dict[str, float]], tokens: int, most: int) -> int:
-        """The largest number of concurrent requests that the time left is enough for, both ways; below 2, none is."""
-        prefill = sum(found["ttft_s"] for found in seconds.values())
-        # Decode of rows that share a step is a little slower than of one; dense rows take turns where few fit.
-        decode = 3 * tokens * sum(found["tpot_ms"] for found in seconds.values()) / 1e3
-        fits = [n for n in (16, 8, 4, 3, 2) if n <= most and 1.1 * (n * prefill + decode) < self.left]
-        return max(fits, default=0)
+    def needs(self, length: int, concurrency: int) -> float:
+        """Seconds that `compare` will take, from what single requests took; 0 where none has run yet."""
+        known = min(self.alone, key=lambda other: (other < length, abs(other - length)), default=None)
+        if known is None:
+            return 0.0
+        # Prefill grows faster than prompts do, in proportion to this power from 32K to 128K.
+        scale = length / known if length <= known else (length / known) ** 1.6
+        fit = max(1, min(concurrency, self.pool // length))
+        seconds = 0.0
+        for way, alone in self.alone[known].items():
+            turns = math.ceil(concurrency / fit) if way == "dense" else 1
+            decode = self.tokens * alone["tpot_ms"] / 1e3 * turns * fit**0.5
+            seconds += concurrency * alone["ttft_s"] * scale + decode
+        return 1.1 * seconds
 
-    def run(self, tokens: int, most: int) -> None:
-        """Everything, the wanted figures first; stops where the next load would not fit into the time left."""
+    def run_loads(self, loads: Sequence[tuple[int, int]]) -> None:
+        """What there is time for, in this order."""
+        for length, concurrency in loads:
+            needed = self.needs(length, concurrency)
+            if needed <= self.left:
+                self.compare(length, concurrency)
+            else:
+                say(f"no time for {concurrency} × {length} tokens: {needed:.0f} s, {self.left:.0f} s left")
+
+    def run(self, loads: Sequence[tuple[int, int]] | None) -> None:
+        """`loads` alone, or everything, the wanted figures first; what is left out is named in the results."""
         self.warm_up()
-        self.overhead()
-        alone = self.latency(self.long)
-        if count := self.affordable(alone, tokens, most):
-            self.throughput(self.long, count, tokens)
-        else:
-            say(f"no time for a throughput at {self.long} tokens: {self.left:.0f} s left")
-        self.probe()
+        if loads is not None:
+            self.left_out = set(loads)
+            self.run_loads(loads)
+            return
         middle = self.long // 4
-        quarter = {way: {**found, "ttft_s": found["ttft_s"] / 3} for way, found in alone.items()}
-        if self.affordable(quarter, 32, 2):
-            alone = self.latency(middle)
-            if count := self.affordable(alone, tokens, most):
-                self.throughput(middle, count, tokens)
+        self.left_out = {(length, count) for length in (middle, self.long) for count in (1, 4, 16)}
+        self.run_loads([(self.long, 1)])
+        self.overhead()
+        self.run_loads([(self.long, 4)])
+        if (self.long, 4) in self.left_out:
+            self.run_loads([(self.long, 2)])
+        self.probe()
+        self.run_loads([(middle, 1), (middle, 4), (middle, 16), (self.long, 16)])
         say("done")
+
+
+def probe_graphs(llm: Any) -> list[int]:
+    """Numbers of prompts whose probes are captured; none on a processor."""
+    return [rows for rows, _ in llm.llm_engine.model_executor.driver_worker.worker._probe._replays]
 
 
 def skip_foreign_warm_up() -> None:
@@ -423,6 +467,9 @@ def gpu_check(folder: Path) -> dict[str, float]:
             max_num_seqs=16,
             max_num_batched_tokens=256,
             max_model_len=1024,
+            # Next to nothing: another engine follows in this process.
+            kv_cache_memory_bytes=256 << 20,
+            gpu_memory_utilization=0.1,
         )
         lengths = (500, 96, 700, 300, 97, 640, 333, 257) * 2
         asks = mixed_asks(reference, ids, lengths, tokens=150)
@@ -448,60 +495,58 @@ def gpu_check(folder: Path) -> dict[str, float]:
 
 
 def check(recorder: Recorder) -> None:
-    """`gpu_check`, into a file of its own: speed without it says little."""
+    """`gpu_check`, beside the figures that rest on it."""
     with tempfile.TemporaryDirectory() as folder:
         errors = gpu_check(Path(folder))
+    # Its engine's last references; the next one is to have the device.
+    gc.collect()
     for name, value in errors.items():
         recorder.add(f"vllm_gpu_check_{name}", value, "nat")
 
 
-def gpu(options: argparse.Namespace) -> int:
-    """The sections, each in a process of its own, so that each starts with an empty device and can be stopped."""
-    failures, until = 0, time.perf_counter() + options.seconds
-    for section, least in (("speed", 60), ("check", 45)):
-        if section not in options.sections.split(","):
-            continue
-        left = until - time.perf_counter()
-        if left < least:
-            print(f"{section}\n  FAILED {section}: {left:.0f} s left, {least} are needed", flush=True)
-            failures += 1
-            continue
-        print(f"{section}, {left:.0f} s", flush=True)
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", section, "--seconds", str(left)]
-        try:
-            # Beyond its own clock: it may hang where it does not look at it.
-            code = subprocess.run(command, check=False, timeout=left + 5, env=os.environ | GPU_ENVIRONMENT).returncode
-        except subprocess.TimeoutExpired:
-            code = 1
-            print(f"  FAILED {section}: stopped after {left:.0f} s; what it had found is on the disk", flush=True)
-        failures += bool(code)
-    return failures
-
-
-def gpu_child(options: argparse.Namespace, version: str) -> int:
-    """One section of `gpu`."""
+def gpu(options: argparse.Namespace, version: str) -> int:
+    """The check, and the speeds if it is green. Returns the number of failures."""
     until = time.perf_counter() + options.seconds
-    names = ("short", "long", "chunk", "memory", "compile", "synchronous", "tokens", "most")
+    # Beyond its own clock: it may hang where it does not look at it.
+    faulthandler.dump_traceback_later(options.seconds + 5, exit=True)
+    os.environ.update(GPU_ENVIRONMENT)
+    names = ("short", "long", "chunk", "memory", "compile", "synchronous", "tokens", "loads")
     settings = {"vllm": version, "shape": json.loads(options.shape)} | {name: getattr(options, name) for name in names}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    program = {"speed": "serving-gpu", "check": "serving-gpu-check"}[options.child]
+    program = "serving-gpu" if options.loads is None else "serving-gpu-loads"
     recorder = Recorder(program, device, settings, options.out, options.commit)
 
     def speed(recorder: Recorder) -> None:
-        Speed(settings, recorder, until).run(options.tokens, options.most)
+        Speed(settings, recorder, until).run(options.loads)
 
-    return run_sections([(options.child, {"speed": speed, "check": check}[options.child])], recorder)
+    if failures := run_sections([("check", check)], recorder):
+        print("  no speed is measured without it", flush=True)
+        return failures
+    return run_sections([("speed", speed)], recorder) if options.sections is None else 0
+
+
+def parse_loads(text: str) -> list[tuple[int, int]]:
+    """ "32768x16,131072x4" → [(32768, 16), (131072, 4)]: tokens of a prompt, prompts at once."""
+    loads = []
+    for part in text.split(","):
+        length, _, concurrency = part.partition("x")
+        if not (length.isdecimal() and concurrency.isdecimal() and int(length) and int(concurrency)):
+            raise argparse.ArgumentTypeError(f"a load is TOKENSxREQUESTS, such as 32768x16, not {part!r}")
+        loads.append((int(length), int(concurrency)))
+    return loads
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="speed of an 8B model on the GPU")
-    parser.add_argument("--sections", help="default: exactness,leaks,scheduler; with --gpu: speed,check")
+    parser.add_argument("--sections", help="default: exactness,leaks,scheduler; with --gpu: check alone, or everything")
     parser.add_argument("--seconds", type=float, default=600, help="with --gpu: time for everything")
     parser.add_argument("--short", type=int, default=2048, help="tokens of a prompt that routing cannot help")
     parser.add_argument("--long", type=int, default=131072, help="tokens of a long prompt")
-    parser.add_argument("--tokens", type=int, default=256, help="to generate per request, for throughput")
-    parser.add_argument("--most", type=int, default=16, help="most concurrent requests, for throughput")
+    parser.add_argument("--tokens", type=int, default=256, help="to generate per request")
+    parser.add_argument(
+        "--loads", type=parse_loads, help="with --gpu: these alone, as 32768x16,131072x4, in this order"
+    )
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill step")
     parser.add_argument("--memory", type=float, default=0.92, help="share of the device that the engine takes")
     parser.add_argument("--compile", action="store_true", help="compile the model, as vLLM does by itself")
@@ -509,17 +554,14 @@ def main() -> int:
     parser.add_argument("--shape", default="{}", help="other shapes of the model, as JSON: a rehearsal")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--commit", help="where the checkout cannot be asked")
-    parser.add_argument("--child", choices=("speed", "check"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.gpu and options.sections is None:
-        options.sections = "speed,check"
-    if options.gpu and not options.child:
-        return gpu(options)
+    if options.gpu and options.sections not in (None, "check"):
+        parser.error("--gpu runs everything, or --sections check: no speed without the check")
     from flux_attention.serving.compat import check_version
 
     version = check_version()
-    if options.child:
-        return gpu_child(options, version)
+    if options.gpu:
+        return gpu(options, version)
     sections = {"exactness": exactness, "leaks": leaks, "scheduler": scheduler_share}
     failures, device = 0, torch.device("cpu")
     for name in (options.sections or ",".join(sections)).split(","):

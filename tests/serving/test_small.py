@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
@@ -45,6 +46,43 @@ def test_routes_are_of_many_kinds(llm, tiny):
     assert max(differences(tiny, asks, outputs)) < TOLERANCE
 
 
+def test_replayed_probes(llm, tiny, monkeypatch):
+    """Fixed buffers and unused rows; what a graph does with them, a call does here."""
+    probe = llm.llm_engine.model_executor.driver_worker.worker._probe
+    used = []
+
+    def captured(run):
+        return lambda: used.append(1) or run()
+
+    monkeypatch.setattr("flux_attention.serving.probe.captured", captured)
+    monkeypatch.setattr(probe, "_replays", [])
+    probe.capture(8)
+    assert [rows for rows, _ in probe._replays] == [1, 2, 4, 8]
+    used.clear()
+    asks = [Ask(tuple(random_ids(97 + seed, seed)), tokens=2) for seed in range(19)]
+    for some in (asks[:1], asks[1:4], asks[4:]):
+        assert max(differences(tiny, some, generate(llm, some))) < TOLERANCE
+    assert len(used) == 1 + 1 + 2
+    prompts = [random_ids(16, seed) for seed in range(5)]
+    replayed = probe.scores(prompts)
+    monkeypatch.setattr(probe, "_replays", [])
+    torch.testing.assert_close(torch.tensor(replayed), torch.tensor(probe.scores(prompts)))
+
+
+@pytest.mark.parametrize("fault", ["refused", "wrong"])
+def test_a_probe_that_cannot_be_captured_says_so(llm, monkeypatch, caplog, fault):
+    def captured(run):
+        if fault == "refused":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: run() + 0.1
+
+    probe = llm.llm_engine.model_executor.driver_worker.worker._probe
+    monkeypatch.setattr("flux_attention.serving.probe.captured", captured)
+    probe.capture(2)
+    assert not probe._replays
+    assert "runs eagerly" in caplog.text and ("differ" if fault == "wrong" else "not permitted") in caplog.text
+
+
 def test_blocks_follow_the_route(llm, tiny):
     """After prefill a request holds sinks + window + what follows in the window's last block, per sparse layer."""
     size, config = 32, tiny.controller.config
@@ -74,9 +112,11 @@ def test_blocks_follow_the_route(llm, tiny):
         assert report["sparse_layers"] == list(sparse) and (report["kv_saved"] > 0) == bool(sparse)
 
 
-def test_random_requests_and_aborts_leave_nothing(llm):
+def test_random_requests_and_aborts_leave_nothing(llm, tiny):
     assert harness.random_traffic(llm, requests=500) > 100
     assert free_blocks(llm)[0] == free_blocks(llm)[1]
+    asks = mixed_asks(tiny, random_ids(4000), LENGTHS)
+    assert max(differences(tiny, asks, generate(llm, asks))) < TOLERANCE
 
 
 def test_preemption_keeps_the_decision(start, tiny):

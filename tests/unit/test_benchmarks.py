@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -188,6 +190,57 @@ def test_fuzz_processes_end_with_a_result(monkeypatch):
     assert found[shares[0]]["passed"] == 3 and not found[shares[0]]["failed"]
     assert "KeyError: 'nothing'" in found[shares[1]]["failed"][0]
     assert "no end within 1 s" in found[shares[2]]["failed"][0]
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """The module of benchmarks/serving.py, as it is without vLLM."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    # What it imports sets what vLLM reads: for this test alone.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    spec = importlib.util.spec_from_file_location("serving_benchmark", ROOT / "benchmarks" / "serving.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+    monkeypatch.setattr("flux_attention.serving.compat.vllm_version", lambda: "0.26.0")
+    return module
+
+
+def test_no_speed_without_its_check(serving, tmp_path, monkeypatch, capfd):
+    def check(recorder):
+        recorder.add("vllm_gpu_check_sparse", 1.0, "nat")
+        raise RuntimeError("routed requests differ")
+
+    arguments = ["serving.py", "--gpu", "--out", str(tmp_path), "--commit", "abc"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(serving, "check", check)
+    monkeypatch.setattr(serving, "Speed", lambda *args: pytest.fail("a speed was measured"))
+    assert serving.main() == 1
+    assert set(figures(tmp_path)) == {"vllm_gpu_check_sparse"}
+    assert "no speed is measured" in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments, "--sections", "speed"])
+    with pytest.raises(SystemExit):
+        serving.main()
+
+
+def test_loads_by_the_time_there_is(serving):
+    assert serving.parse_loads("32768x16,131072x4") == [(32768, 16), (131072, 4)]
+    for text in ("", "32768", "x4", "32768x0", "-1x2", "32768x4x4"):
+        with pytest.raises(argparse.ArgumentTypeError, match="TOKENSxREQUESTS"):
+            serving.parse_loads(text)
+    speed = serving.Speed.__new__(serving.Speed)
+    speed.pool, speed.tokens = 400_000, 256
+    speed.alone = {}
+    assert speed.needs(131072, 4) == 0
+    # As measured on an H100: 4 at once are 64 s of prefill and some of decode.
+    speed.alone[131072] = {"dense": {"ttft_s": 10.7, "tpot_ms": 13.6}, "sparse75": {"ttft_s": 5.2, "tpot_ms": 8.9}}
+    assert 70 < speed.needs(131072, 4) < 95
+    assert speed.needs(131072, 16) > 2.5 * speed.needs(131072, 4)
+    assert 16 < speed.needs(32768, 4) < 35
+    speed.until, ran = time.perf_counter() + 50, []
+    speed.compare = lambda length, count: ran.append((length, count))
+    speed.run_loads([(131072, 4), (131072, 2), (32768, 4)])
+    assert ran == [(131072, 2), (32768, 4)]
 
 
 def test_plots_show_what_the_files_hold(tmp_path):

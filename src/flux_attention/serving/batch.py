@@ -28,6 +28,7 @@ class BatchRoutes:
         self._runner = runner
         self._dense = np.ones(deployment.layers, bool)
         self._rows: NDArray[np.bool_] | None = None
+        self._names: list[str] = []
         self.undecided: list[tuple[int, str]] = []
         self.layers = {index: routable for routable, index in enumerate(deployment.decoder_layers)}
         config = runner.vllm_config
@@ -39,18 +40,23 @@ class BatchRoutes:
         self._order = [layer for bundle in bundles for layer in bundle]
         self._sparse = torch.zeros(deployment.layers, self.max_rows, dtype=torch.uint8, device=device)
         self._uploaded = b""
+        self._is_uploaded = False
 
-    def forget(self) -> None:
-        """A new step begins."""
-        self._rows, self.undecided = None, []
+    def begin_step(self, has_new: bool) -> None:
+        """A new step begins; `has_new`: a request runs for the first time in it."""
+        # A request keeps its route, so the rows of a step are mostly those of the last one.
+        if has_new or self.undecided:
+            self._rows, self.undecided = None, []
 
     def use_full(self, rows: int) -> NDArray[np.bool_]:
         """bool `[rows, L]`; rows that pad the batch are dense."""
-        if self._rows is None or len(self._rows) != rows:
-            routes = [self._route(request_id) for request_id in self._runner.input_batch.req_ids[:rows]]
-            self.undecided = [(i, self._runner.input_batch.req_ids[i]) for i, r in enumerate(routes) if not len(r)]
+        names = self._runner.input_batch.req_ids[:rows]
+        if self._rows is None or len(self._rows) != rows or names != self._names:
+            routes = [self._route(name) for name in names]
+            self.undecided = [(i, names[i]) for i, route in enumerate(routes) if not len(route)]
             found = [route if len(route) else self._dense for route in routes]
-            self._rows = np.array([*found, *[self._dense] * (rows - len(found))])
+            self._rows, self._names = np.array([*found, *[self._dense] * (rows - len(found))]), names
+            self._is_uploaded = False
         return self._rows
 
     def is_dense(self, rows: int) -> bool:
@@ -63,11 +69,19 @@ class BatchRoutes:
         self._rows[row, layer] = full
 
     def upload(self, rows: int) -> None:
-        """Put the routes where `sparse_of` reads them, if they are not there."""
-        sparse = np.ascontiguousarray(~self.use_full(rows)[:, self._order].T).view(np.uint8)
-        if (key := sparse.tobytes()) != self._uploaded:
-            self._sparse[:, :rows].copy_(torch.from_numpy(sparse))
-            self._uploaded = key
+        """Put the routes where `sparse_of` reads them, if they are not there; every group of layers asks for it."""
+        use_full = self.use_full(rows)
+        if self._is_uploaded:
+            return
+        self._is_uploaded = True
+        sparse = np.zeros(self._sparse.shape, np.uint8)
+        sparse[:, :rows] = ~use_full[:, self._order].T
+        if (key := sparse.tobytes()) == self._uploaded:
+            return
+        self._uploaded = key
+        host, on_gpu = torch.from_numpy(sparse), self._sparse.is_cuda
+        # Whole and pinned: else the host would wait here for the step that the device is still at.
+        self._sparse.copy_(host.pin_memory() if on_gpu else host, non_blocking=on_gpu)
 
     def sparse_of(self, bundle: tuple[int, ...]) -> Tensor:
         """uint8 `[len(bundle), max_rows]` on the device, 1 = the row runs sparse."""

@@ -171,6 +171,9 @@ def _check_engine(vllm_config: Any, deployment: Deployment) -> None:
         "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0 in the environment": (
             vllm_config.use_v2_model_runner
         ),
+        "cascade attention: rows of different routes share no prefix (--disable-cascade-attn, the default)": (
+            not vllm_config.model_config.disable_cascade_attn
+        ),
         "LoRA: the probe would run without a request's own weights": vllm_config.lora_config is not None,
         "speculative decoding": vllm_config.speculative_config is not None,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,

@@ -1,11 +1,15 @@
-"""The probe on vLLM's model: the two ends of new prompts, run densely and eagerly, without the KV cache.
+"""The probe on vLLM's model: the two ends of new prompts, run densely, without the KV cache.
 
 The same router, pooling and semantics as `FluxAttention.probe`; only the model is vLLM's. Queries before RoPE (and
 after q-norm) are what a layer hands to its rotary embedding, which a hook reads while the probe runs.
+
+A GPU is done with a few hundred tokens long before the host has launched their kernels. A prompt of at least
+`2 * pool_tokens` tokens always gives the same shapes, so where the engine captures graphs, the probe is one too.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +19,15 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
 
 from flux_attention.kernels.api import Packing, dense_attention
 from flux_attention.router import LayerRouter, PoolPlan
 from flux_attention.serving.options import Deployment
+
+logger = logging.getLogger(__name__)
+# Of a probability, between a replay and the same kernels launched one by one.
+_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,38 @@ class ProbeMetadata:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float) -> Tensor:
         """Dense attention within each prompt: `query [N, Hq, D]`, `key, value [N, Hk, D]` → into `output`."""
         tokens = sum(self.packing.q_lens)
-        out = dense_attention(query[:tokens], key[:tokens], value[:tokens], self.packing, scale=scale)
+        # Rows this short gain nothing from other kernels, and this one can be captured in a graph.
+        out = dense_attention(query[:tokens], key[:tokens], value[:tokens], self.packing, scale=scale, impl="sdpa")
         output[:tokens].view_as(out).copy_(out)
         return output
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the prompts' ends lie in a pass.
+
+    Attributes:
+        positions: int64 `[N]`, for the rotary embedding.
+        plan: which queries are pooled.
+        metadata: of every attention layer, by name.
+    """
+
+    positions: Tensor
+    plan: PoolPlan
+    metadata: dict[str, ProbeMetadata]
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A captured probe. Its graph reads the memory of these tensors, so they live as long as it does."""
+
+    layout: _Layout
+    ids: Tensor
+    run: Callable[[], Tensor]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self.ids[: len(ids)].copy_(ids)
+        return self.run()
 
 
 class Probe:
@@ -52,25 +90,81 @@ class Probe:
         self.attention = [decoder[index].self_attn for index in deployment.decoder_layers]  # type: ignore[index,union-attr]
         self._names = [layer.self_attn.attn.layer_name for layer in decoder]  # type: ignore[union-attr]
         self.router = load_router(deployment, device)
+        self._replays: list[tuple[int, _Replay]] = []
 
     @torch.inference_mode()
     def scores(self, ends: Sequence[Sequence[int]]) -> list[list[float]]:
         """The router's p_full of every routable layer, per prompt; `ends` are the tokens of `options.probe_ends`."""
         lengths = [len(tokens) for tokens in ends]
         ids = torch.tensor([token for tokens in ends for token in tokens], device=self._device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
-        packing = Packing(tuple(lengths), tuple(lengths))
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        plan = PoolPlan.build(starts, lengths, self._pool, device=self._device)
-        metadata = dict.fromkeys(self._names, ProbeMetadata(packing))
-        with (
-            self._collecting(plan) as pooled,
-            # No slots: nothing is written into the KV cache.
-            set_forward_context(metadata, self._vllm_config, num_tokens=len(ids), slot_mapping={}, skip_compiled=True),
-        ):
-            self._model(input_ids=ids, positions=positions)
-        scores: list[list[float]] = self.router.p_full(mean_over_ranks(torch.stack(pooled))).T.tolist()
+        replay = self._replay_of(lengths)
+        p_full = self._p_full(self._layout(lengths), ids) if replay is None else replay(ids)
+        scores: list[list[float]] = p_full.T[: len(ends)].tolist()
         return scores
+
+    def _layout(self, lengths: Sequence[int]) -> _Layout:
+        """What a pass over ends of these lengths needs beside their tokens."""
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        return _Layout(
+            torch.cat([torch.arange(n) for n in lengths]).to(self._device),
+            PoolPlan.build(starts, lengths, self._pool, device=self._device),
+            dict.fromkeys(self._names, ProbeMetadata(Packing(tuple(lengths), tuple(lengths)))),
+        )
+
+    def _p_full(self, layout: _Layout, ids: Tensor) -> Tensor:
+        """`p_full [L, S]` for the tokens `[N]`; device work only."""
+        with (
+            self._collecting(layout.plan) as pooled,
+            # No slots: nothing is written into the KV cache.
+            set_forward_context(
+                layout.metadata, self._vllm_config, num_tokens=len(ids), slot_mapping={}, skip_compiled=True
+            ),
+        ):
+            self._model(input_ids=ids, positions=layout.positions)
+        return self.router.p_full(mean_over_ranks(torch.stack(pooled)))
+
+    def _replay_of(self, lengths: Sequence[int]) -> _Replay | None:
+        """The captured probe that these prompts fit into, or None."""
+        if any(length != 2 * self._pool for length in lengths):
+            return None
+        return next((replay for rows, replay in self._replays if rows >= len(lengths)), None)
+
+    @torch.inference_mode()
+    def capture(self, most: int) -> None:
+        """Capture probes of 1, 2, 4, … prompts, up to `most`; those of other numbers leave rows unused.
+
+        A probe that cannot be captured, or whose replay says something else, runs eagerly, and the log says so.
+        """
+        sizes = [1]
+        while sizes[-1] < most:
+            sizes.append(2 * sizes[-1])
+        try:
+            # The largest first: the others find its memory.
+            replays = [(rows, self._capture(rows)) for rows in reversed(sizes)]
+            worst = max(self._error(rows, replay) for rows, replay in replays)
+            if not worst <= _TOLERANCE:
+                raise RuntimeError(f"its scores differ from the eager pass by {worst:.3g}")
+        except RuntimeError:
+            logger.warning(
+                "The probe cannot be captured as a CUDA graph: it runs eagerly, tens of milliseconds a time",
+                exc_info=True,
+            )
+            return
+        self._replays = replays[::-1]
+        logger.info("Captured probes of %s prompts", sizes)
+
+    def _capture(self, rows: int) -> _Replay:
+        layout = self._layout([2 * self._pool] * rows)
+        ids = torch.zeros(rows * 2 * self._pool, dtype=torch.long, device=self._device)
+        return _Replay(layout, ids, captured(lambda: self._p_full(layout, ids)))
+
+    def _error(self, rows: int, replay: _Replay) -> float:
+        """Largest difference from the eager pass, on random tokens."""
+        lengths, vocabulary = [2 * self._pool] * rows, self._vllm_config.model_config.get_vocab_size()
+        ids = torch.randint(vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(rows))
+        ids = ids.to(self._device)
+        found = replay(ids).clone()
+        return float((found - self._p_full(self._layout(lengths), ids)).abs().max())
 
     @contextmanager
     def _collecting(self, plan: PoolPlan) -> Iterator[list[Tensor]]:
@@ -82,6 +176,26 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`run` as a replay of a CUDA graph, into a tensor that is the same at every call."""
+    current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=current_platform.get_global_graph_pool()):
+        found = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return found
+
+    return replay
 
 
 def on_queries(attention: Sequence[Any], see: Callable[[int, Tensor], None]) -> list[Any]:

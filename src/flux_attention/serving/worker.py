@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.model_loader.utils import get_model_architecture
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     _Mixed = Any
 else:
     _Mixed = object
+
+logger = logging.getLogger(__name__)
 
 
 class RoutedWorker(_Mixed):
@@ -63,11 +66,20 @@ class RoutedWorker(_Mixed):
             for group in groups:
                 group.get_metadata_builder().flux = self._batch
 
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        if self.device.type == "cuda" and not self.model_config.enforce_eager:
+            if self.parallel_config.tensor_parallel_size == 1:
+                self._probe.capture(self.flux.options.probe_batch)
+            else:
+                logger.warning("Probes run eagerly, not as CUDA graphs: their ranks exchange pooled queries")
+        return result
+
     def execute_model(self, scheduler_output: Any) -> Any:
         probes: dict[str, list[int]] | None = getattr(scheduler_output, PROBES, None)
         if probes:
             self._scores.update(zip(probes, self._probe.scores(list(probes.values())), strict=True))
-        self._batch.forget()
+        self._batch.begin_step(bool(scheduler_output.scheduled_new_reqs))
         output = super().execute_model(scheduler_output)
         if self._inline is not None:
             self._scores.update(self._inline.take())
