@@ -22,6 +22,7 @@ from flux_attention.models.adapter import load_adapter
 from flux_attention.models.attach import attach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.training.features import pooled_queries
+from flux_attention.training.parallel import end_together
 from flux_attention.training.scale import PackTrainer, ScaleConfig
 from flux_attention.training.store import StoredSamples
 
@@ -114,6 +115,11 @@ def run(plan: PackRun, *, resume: bool = False, device: str = "auto", progress: 
     Raises:
         ValueError, OSError, ImportError: whatever is wrong with the plan, the data or the checkpoint, as the parts say.
     """
+    with end_together():
+        return _run(plan, resume, device, progress)
+
+
+def _run(plan: PackRun, resume: bool, device: str, progress: bool) -> PackTrainer:
     samples = StoredSamples(plan.data)
     start = None if plan.start is None else load_adapter(plan.start)
     where = rank_device(device)

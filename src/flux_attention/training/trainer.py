@@ -7,7 +7,6 @@ outside of its tree (`objective.AnswerObjective`). So no optimiser, checkpoint o
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +21,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.controller import FluxAttention
-from flux_attention.training.checkpoints import check_settings, newest_checkpoint, write_settings
+from flux_attention.training.checkpoints import begin_checkpoint, check_settings, check_weights, newest_checkpoint
 from flux_attention.training.data import Collator
 from flux_attention.training.features import collate_features
 from flux_attention.training.objective import AnswerObjective, DamageObjective, Multipliers
+from flux_attention.training.parallel import first_ranks
 from flux_attention.training.schedules import temperature, warmup, warmup_cosine
 
 Objective = Literal["lm", "distill", "damage"]
@@ -361,23 +361,21 @@ class RouterTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """The Trainer's `train`; `True` resumes from the newest checkpoint that is complete.
 
-        Raises ResumeError for settings that differ from the checkpoint's, and lists them.
+        Raises ResumeError for settings or weights that differ from the checkpoint's, and lists them.
         """
         chosen = None
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                chosen = newest_checkpoint(str(self.args.output_dir))
-            else:
-                chosen = Path(resume_from_checkpoint)
+                resume_from_checkpoint = first_ranks(lambda: str(newest_checkpoint(str(self.args.output_dir))))
+            chosen = Path(resume_from_checkpoint)
             check_settings(chosen, self.settings())
+            check_weights(chosen, self.objective.state_dict())
         return super().train(resume_from_checkpoint=None if chosen is None else str(chosen), **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            # One of an earlier run, of which this one would leave the state behind if it were killed now.
-            shutil.rmtree(folder, ignore_errors=True)
-            write_settings(folder, self.settings())
+            begin_checkpoint(folder, self.settings())
         super()._save_checkpoint(model, trial)
 
     # ------------------------------------------------------------------ the result
