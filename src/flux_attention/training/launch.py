@@ -66,23 +66,15 @@ class PackRun:
 SHORT_FLUX = FluxConfig(sink_tokens=128, window_tokens=2048, full_bias=2.0)
 
 
-def short_run(
-    *,
-    model: str,
-    data: str | Path,
-    out: str | Path,
-    runs: str | Path,
-    settle_steps: int,
-    flux: FluxConfig = SHORT_FLUX,
-    **scale: Any,
-) -> PackRun:
+def short_run(name: str, *, model: str, settle_steps: int, flux: FluxConfig = SHORT_FLUX, **scale: Any) -> PackRun:
     """A run of tens of steps, a fraction of the published ones: what the recipes for 8B models share.
 
     The router starts less sure of full, and it and the multipliers move faster. Found on SmolLM2 (40 steps on a CPU);
     not yet tried at 8B.
 
     Args:
-        model, data, out, runs, flux: as `PackRun`.
+        name: of the folders: `data/NAME`, `adapters/NAME` and `runs/NAME`.
+        model, flux: as `PackRun`.
         settle_steps: training ends early when two windows of so many steps agree and both targets are met; checkpoints
             are as far apart.
         scale: what a recipe settles itself, as `ScaleConfig` names it: objective, steps, pack_tokens, accumulation, …
@@ -97,9 +89,9 @@ def short_run(
     }
     return PackRun(
         model=model,
-        data=data,
-        out=out,
-        runs=runs,
+        data=Path("data", name),
+        out=Path("adapters", name),
+        runs=Path("runs", name),
         flux=flux,
         scale=ScaleConfig(**{**shared, "settle_steps": settle_steps, **scale}),
     )
