@@ -144,8 +144,8 @@ def main() -> None:
         killed(folder, int(sys.argv[3]), sys.argv[4] == "saving")
     # A rank that waits in vain says where, instead of being waited for in vain.
     faulthandler.dump_traceback_later(150, exit=True)
-    with end_together():
-        for job in sys.argv[2:]:
+    for job in sys.argv[2:]:
+        with end_together():
             run(folder, job)
 
 

@@ -190,8 +190,9 @@ def first_ranks(choose: Callable[[], str]) -> str:
 def end_together() -> Iterator[None]:
     """Around all that one of several ranks does with the others: none of them waits for another in vain at its end.
 
-    Ends the process groups that were made inside. After an error the process exits at once and with code 1: tearing a
-    group down waits for collectives that the other ranks never join, and the launcher, which stops them, for the exit.
+    Process groups that were made inside end with the process, in order. A process that had an error exits with code 1
+    and leaves them: tearing a group down waits for collectives that the other ranks never join, and the launcher, which
+    stops those, for the exit.
     """
     outside = _started()
     try:
@@ -201,15 +202,20 @@ def end_together() -> Iterator[None]:
             atexit.register(_exit)
         raise
     if _started() and not outside:
-        last = dist.barrier(async_op=True)
-        last.wait()
-        _last.append(last)
-        dist.destroy_process_group()
+        atexit.register(_leave)
 
 
 #: A collective is freed by whoever lets go of it last. A thread of gloo needs the interpreter for that, which may be
 #: waiting for the thread to end, as it does where a group is destroyed right after a barrier. So the last one is kept.
 _last: list[Any] = []
+
+
+def _leave() -> None:
+    if _started():
+        last = dist.barrier(async_op=True)
+        last.wait()
+        _last.append(last)
+        dist.destroy_process_group()
 
 
 def _exit() -> None:

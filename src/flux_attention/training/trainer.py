@@ -6,13 +6,17 @@ outside of its tree (`objective.AnswerObjective`). So no optimiser, checkpoint o
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
@@ -30,6 +34,8 @@ from flux_attention.training.schedules import temperature, warmup, warmup_cosine
 
 Objective = Literal["lm", "distill", "damage"]
 OBJECTIVES = ("lm", "distill", "damage")
+#: Bytes below which a disk counts as full.
+_FULL = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,10 +379,16 @@ class RouterTrainer(Trainer):
         return super().train(resume_from_checkpoint=None if chosen is None else str(chosen), **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             begin_checkpoint(folder, self.settings())
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            # What PyTorch and safetensors say of a full disk does not name it.
+            if shutil.disk_usage(self.args.output_dir).free < _FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+            raise
 
     # ------------------------------------------------------------------ the result
 
