@@ -1,12 +1,17 @@
 """Training a router for an 8B model (the shapes of Qwen3-8B, random weights) on one device: tokens a second and memory.
 
     python benchmarks/training.py [--lengths 65536] [--objectives lm,distill] [--compile] [--out DIR]
+    python benchmarks/training.py --lengths 8192,16384,32768,131072 --steps 1 --seconds 90    # the rest of the table
 
 A step is one pack: forward, backward, clipping and AdamW, as the Trainer does them. Packs hold documents of 32K tokens
 (two of half the pack where it is shorter), and every token is learned, which is the dearest case for the loss. The
 figures are of a router as training starts: nearly every layer full, the dearest case for attention, and documents that
 distillation could leave out because all of their layers are full are not left out. `--sparsity` gives a share of the
 layers to the sparse side instead.
+
+With `--seconds`, lengths in the order of their importance: a row that would not be done in time is left out, and only
+the first row of each objective is warmed up when there is no time for more. Rows are on the disk as they end, and
+another run of the same commit and settings adds its rows to them.
 
 Checked first, on four layers of the same shapes: the gradient of the gates against one in float32, within twice the
 error of plain bfloat16 attention. When that fails, figures are written under names that begin with "unchecked".
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import math
 import statistics
 import sys
 import time
@@ -27,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Recorder, add_run_options, label, run_sections, sync
+from common import Figure, Recorder, add_run_options, label, run_sections, sync
 from end_to_end import build, qwen3_8b, toy
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
@@ -48,6 +54,10 @@ DOCUMENT = 32768
 ANSWER = 256
 #: Enough gates that the norm of their error is no chance.
 CHECK_LAYERS, CHECK_DOCUMENTS = 8, 4
+#: Tokens a second to plan with, until an objective has been measured.
+EXPECTED_RATES = {"lm": 5000.0, "distill": 4000.0}
+#: Share of the device's memory that a row may be expected to take before the layers' inputs go to the host.
+MOST_MEMORY = 0.95
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Setup:
     impl: str
     sparse_impl: str
     offload: bool
+    until: float
 
 
 @dataclass(frozen=True)
@@ -207,8 +218,8 @@ def set_sparsity(controller: FluxAttention, sparsity: float | None) -> None:
             router.biases[-1][layer, 1] = -20.0 if sparse else 20.0
 
 
-def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -> dict[str, Any]:
-    """Seconds of each step and the peak of memory, after one step to warm up."""
+def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int, warm_up: bool) -> dict[str, Any]:
+    """Seconds of each step and the peak of memory, after one step to warm up where that is wanted."""
     torch.manual_seed(0)
     set_sparsity(controller, setup.sparsity)
     objective = PackedObjective(controller, kind, {RETRIEVAL: 0.7, HOLISTIC: 1.0}, skip_full=False).to(setup.device)  # type: ignore[arg-type]
@@ -218,8 +229,13 @@ def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -
     optimizer = torch.optim.AdamW(parameters, lr=5e-4)
     seconds, omega = [], 0.0
     free(setup)
+    if setup.offload and not warm_up and setup.device.type == "cuda":
+        # Locked memory of the host is slow to get and stays with the process: as a step before would have left it.
+        shape = (1, tokens, setup.model.hidden_size)
+        held = [torch.empty(shape, dtype=setup.dtype, pin_memory=True) for _ in range(setup.model.num_hidden_layers)]
+        del held
     with recomputed_layers(controller, offload=setup.offload):
-        for number in range(setup.steps + 1):
+        for number in range(setup.steps + warm_up):
             pack = make_pack(setup, tokens, setup.documents)
             sync(setup.device)
             started = time.perf_counter()
@@ -236,54 +252,81 @@ def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -
                 flush=True,
             )
     peak = torch.cuda.max_memory_allocated(setup.device) / 1e9 if setup.device.type == "cuda" else 0.0
-    return {"seconds": seconds[1:], "peak_gb": peak, "omega": omega}
+    return {"seconds": seconds[warm_up:], "peak_gb": peak, "omega": omega, "warm_up": warm_up}
 
 
-def fitting(setup: Setup, controller: FluxAttention, kind: str, tokens: int) -> dict[str, Any] | None:
+def fitting(setup: Setup, controller: FluxAttention, kind: str, tokens: int, warm_up: bool) -> dict[str, Any] | None:
     """`run_steps`, with the layers' inputs in the host's memory where it does not fit otherwise; None = not at all."""
     for offload in dict.fromkeys((setup.offload, True)):
         try:
-            return {**run_steps(replace(setup, offload=offload), controller, kind, tokens), "offload": offload}
+            found = run_steps(replace(setup, offload=offload), controller, kind, tokens, warm_up)
+            return {**found, "offload": offload}
         except torch.cuda.OutOfMemoryError as error:
             print(f"    {tokens} tokens do not fit (offload={offload}): {str(error)[:80]}", flush=True)
         free(setup)
     return None
 
 
+def too_large(setup: Setup, rows: Sequence[dict[str, Any]], tokens: int, weights_gb: float) -> bool:
+    """Whether a row is expected not to fit, by the peak of the longest one that did: beyond the weights memory grows
+    with the tokens. Saves the time of finding out."""
+    known = [row for row in rows if row["fits"] and not row["offload"] and row["tokens"] < tokens]
+    if setup.device.type != "cuda" or not known:
+        return False
+    longest = max(known, key=lambda row: int(row["tokens"]))
+    expected = weights_gb + (longest["peak_gb"] - weights_gb) * tokens / longest["tokens"]
+    return bool(expected > MOST_MEMORY * torch.cuda.get_device_properties(setup.device).total_memory / 1e9)
+
+
 def training(setup: Setup, record: Recorder) -> None:
     model = build(setup.model, setup.device, setup.dtype)
     controller = attached(setup, model)
-    table: list[dict[str, Any]] = []
-    peaks: dict[int, float] = {}
+    weights_gb = torch.cuda.memory_allocated(setup.device) / 1e9 if setup.device.type == "cuda" else 0.0
     suffix = "" if setup.sparsity is None else f"_sparse{round(100 * setup.sparsity)}"
+    earlier = record.earlier()
+    table: list[dict[str, Any]] = list(earlier.get("details", {}).get("table", ()))
+    for entry in earlier.get("figures", ()):
+        # Under the names they have: whether this run was checked is nothing about them.
+        found = tuple(entry.get("repetitions", ()))
+        record.figures[entry["name"]] = Figure(entry["name"], entry["value"], entry["unit"], repetitions=found)
+    wanted = [(tokens, kind) for tokens in setup.lengths for kind in setup.objectives]
+    rates = dict(EXPECTED_RATES)
+    planned = sum(tokens / rates[kind] for tokens, kind in wanted) * (setup.steps + 1)
+    warm_all = time.perf_counter() + planned <= setup.until
+    warmed: set[str] = set()
     with compiled_layers(controller) if setup.compile else nullcontext():
-        for tokens in setup.lengths:
-            offload = setup.offload
-            for kind in setup.objectives:
-                name = f"train_8b_{label(tokens)}_{kind}{suffix}"
-                row = fitting(replace(setup, offload=offload), controller, kind, tokens)
-                if row is None:
-                    table.append({"tokens": tokens, "objective": kind, "fits": False})
-                    record.note("table", table)
-                    continue
-                offload = row["offload"]
-                rates = [tokens / s for s in row.pop("seconds")]
-                record.add(f"{name}_tokens_per_s", statistics.median(rates), "tokens/s", rates)
-                peaks[tokens] = max(peaks.get(tokens, 0.0), row["peak_gb"])
-                table.append(
-                    {"tokens": tokens, "objective": kind, "tokens_per_s": statistics.median(rates), "fits": True, **row}
-                )
+        for tokens, kind in wanted:
+            warm_up = warm_all or kind not in warmed
+            if time.perf_counter() + (setup.steps + warm_up) * tokens / rates[kind] > setup.until:
+                print(f"    no time left for {tokens} tokens of {kind}", flush=True)
+                continue
+            offload = setup.offload or too_large(setup, table, tokens, weights_gb)
+            row = fitting(replace(setup, offload=offload), controller, kind, tokens, warm_up)
+            table = [r for r in table if (r["tokens"], r["objective"]) != (tokens, kind)]
+            if row is None:
+                table.append({"tokens": tokens, "objective": kind, "fits": False})
                 record.note("table", table)
-            if tokens in peaks:
-                record.add(f"train_8b_{label(tokens)}_peak_gb{suffix}", peaks[tokens], "GB")
+                continue
+            warmed.add(kind)
+            found = [tokens / s for s in row.pop("seconds")]
+            rates[kind] = statistics.median(found)
+            table.append({"tokens": tokens, "objective": kind, "tokens_per_s": rates[kind], "fits": True, **row})
+            record.note("table", table)
+            name = f"train_8b_{label(tokens)}"
+            record.add(f"{name}_{kind}{suffix}_tokens_per_s", rates[kind], "tokens/s", found)
+            peak = max(r["peak_gb"] for r in table if r["fits"] and r["tokens"] == tokens)
+            record.add(f"{name}_peak_gb{suffix}", peak, "GB")
     detach(model)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="65536", help="tokens of a pack, with commas; the table: 8192 … 131072")
+    parser.add_argument(
+        "--lengths", default=None, help="tokens of a pack, with commas (65536); the table: 8192 … 131072"
+    )
     parser.add_argument("--objectives", default="lm,distill")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after one to warm up")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no row begins that would end later")
     parser.add_argument("--sparsity", type=float, default=None, help="share of layers that run sparse")
     parser.add_argument("--compile", action="store_true", help="compile norms and gating for passes with gradients")
     parser.add_argument("--impl", default="auto", help="of attention")
@@ -295,17 +338,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.perf_counter()
     options = parse(arguments)
     device, tiny = torch.device(options.device), options.tiny
     if device.type != "cuda" and not tiny:
         sys.exit("an 8B model needs a CUDA device; --tiny runs a toy anywhere")
+    lengths = tuple(int(n) for n in (options.lengths or ("1024" if tiny else "65536")).split(","))
     flux = FluxConfig(sink_tokens=128, window_tokens=128 if tiny else 2048)
     setup = Setup(
         device=device,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         model=toy() if tiny else qwen3_8b(options.layers),
         flux=replace(flux, pool_tokens=20) if tiny else flux,
-        lengths=(1024,) if tiny else tuple(int(n) for n in options.lengths.split(",")),
+        lengths=lengths,
         objectives=tuple(options.objectives.split(",")),
         documents=512 if tiny else DOCUMENT,
         check_tokens=512 if tiny else 3072,
@@ -315,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         impl=options.impl,
         sparse_impl=options.sparse_impl or options.impl,
         offload=options.offload,
+        until=started + options.seconds,
     )
     folder = options.out
     if folder is None and not tiny and options.layers == 36:
@@ -334,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "repetitions": setup.steps,
     }
     name = "training" if setup.sparsity is None else f"training-sparse{round(100 * setup.sparsity)}"
-    if options.lengths != "65536":
+    if lengths != (65536,) and not tiny:
         # A file is replaced by the next of its name: the table must not take the figures with it.
         name += "-table"
     record = Recorder(name, device, settings, folder, options.commit)

@@ -11,10 +11,8 @@ Needs no teacher pass, so a step is a fifth cheaper than distillation; the answe
 from flux_attention.training.launch import main, short_run
 
 PLAN = short_run(
+    "llama31-8b",
     model="meta-llama/Llama-3.1-8B-Instruct",
-    data="data/llama31-8b",
-    out="adapters/llama31-8b",
-    runs="runs/llama31-8b",
     objective="lm",
     steps=60,
     pack_tokens=65536,

@@ -11,10 +11,8 @@ on is cut to what the routes need. Training ends early when two windows of ten s
 from flux_attention.training.launch import main, short_run
 
 PLAN = short_run(
+    "qwen3-8b",
     model="Qwen/Qwen3-8B",
-    data="data/qwen3-8b",
-    out="adapters/qwen3-8b",
-    runs="runs/qwen3-8b-1gpu",
     objective="distill",
     steps=50,
     pack_tokens=65536,

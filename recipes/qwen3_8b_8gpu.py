@@ -12,10 +12,8 @@ no more memory than 64K on one. The frozen layers are sharded over all eight.
 from flux_attention.training.launch import main, short_run
 
 PLAN = short_run(
+    "qwen3-8b-128k",
     model="Qwen/Qwen3-8B",
-    data="data/qwen3-8b-128k",
-    out="adapters/qwen3-8b-128k",
-    runs="runs/qwen3-8b-8gpu",
     objective="distill",
     steps=25,
     pack_tokens=131072,

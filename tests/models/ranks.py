@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flux_attention.models.attach import attach
+from flux_attention.training.parallel import end_together
 from flux_attention.training.scale import PackTrainer, ScaleConfig
 from tests.models.test_training import make_samples
 from tests.models.tiny import CONFIG, make_model
@@ -81,18 +84,38 @@ class KillAt(TrainerCallback):
 
 
 class FailAt(TrainerCallback):
-    """Rank 1 fails at `step`: with an error, or killed, as by a machine out of memory."""
+    """Rank 1 fails at `step`: with an error, killed as by a machine out of memory, or with an error and a collective
+    under way that the other rank will not join."""
 
-    def __init__(self, step: int, *, killed: bool) -> None:
-        self.step, self.killed = step, killed
+    def __init__(self, step: int, *, killed: bool = False, waiting: bool = False) -> None:
+        self.step, self.killed, self.waiting = step, killed, waiting
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == self.step and args.process_index == 1:
+        if state.global_step != self.step:
+            return
+        group = dist.new_group() if self.waiting else None
+        if args.process_index == 1:
             if self.killed:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.waiting:
+                dist.all_reduce(torch.zeros(1), group=group, async_op=True)
             raise RuntimeError("this rank has had enough")
+
+
+class Leisurely(TrainerCallback):
+    """Takes its time, so that another process can kill this one, whose id and steps are in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        (self.folder / f"pid-{args.process_index}").write_text(str(os.getpid()))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        (self.folder / f"step-{args.process_index}").write_text(str(state.global_step))
+        time.sleep(0.15)
 
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -101,8 +124,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "fsdp": {"accumulation": 1, "shard_backbone": True, "objective": "distill", "fuse": True},
     "ulysses": {"sequence_parallel": 2, "fuse": True},
     "ulysses_inline": {"sequence_parallel": 2, "router_input": "inline", "objective": "distill"},
-    "fails": {"accumulation": 1, "callbacks": (FailAt(2, killed=False),)},
+    "fails": {"accumulation": 1, "callbacks": (FailAt(2),)},
+    "leaves": {"accumulation": 1, "callbacks": (FailAt(2, waiting=True),)},
     "dies": {"accumulation": 1, "callbacks": (FailAt(2, killed=True),)},
+    "leisurely": {"accumulation": 1, "save_steps": 2},
+    # What is left of the run before it.
+    "resumes": {"accumulation": 1, "save_steps": 2},
 }
 
 
@@ -115,19 +142,27 @@ def main() -> None:
     folder = Path(sys.argv[1])
     if sys.argv[2] == "killed":
         killed(folder, int(sys.argv[3]), sys.argv[4] == "saving")
+    # A rank that waits in vain says where, instead of being waited for in vain.
+    faulthandler.dump_traceback_later(150, exit=True)
     for job in sys.argv[2:]:
-        options = dict(JOBS[job])
-        trainer = make_trainer(folder / job, options.pop("router_input", "probe"), **options)
-        weights = {n: p.detach().clone() for n, p in trainer.flux_controller.model.named_parameters()}
-        trainer.train()
-        assert all(p.grad is None for p in trainer.flux_controller.model.parameters())
-        found = outcome(trainer)
-        after = dict(trainer.flux_controller.model.named_parameters())
-        found["backbone_same"] = all(torch.equal(_whole(after[n]), _whole(w)) for n, w in weights.items())
-        found["shards"] = sum(_local(p).numel() for p in after.values()) / sum(p.numel() for p in after.values())
-        torch.save(found, folder / f"{job}-{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        with end_together():
+            run(folder, job)
+
+
+def run(folder: Path, job: str) -> None:
+    options = dict(JOBS[job])
+    if job == "leisurely":
+        options["callbacks"] = (Leisurely(folder),)
+    runs = folder / ("leisurely" if job == "resumes" else job)
+    trainer = make_trainer(runs, options.pop("router_input", "probe"), **options)
+    weights = {n: p.detach().clone() for n, p in trainer.flux_controller.model.named_parameters()}
+    trainer.train(resume_from_checkpoint=job == "resumes")
+    assert all(p.grad is None for p in trainer.flux_controller.model.parameters())
+    found = outcome(trainer)
+    after = dict(trainer.flux_controller.model.named_parameters())
+    found["backbone_same"] = all(torch.equal(_whole(after[n]), _whole(w)) for n, w in weights.items())
+    found["shards"] = sum(_local(p).numel() for p in after.values()) / sum(p.numel() for p in after.values())
+    torch.save(found, folder / f"{job}-{dist.get_rank()}.pt")
 
 
 def _local(tensor: Any) -> Any:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import flux_attention
 from flux_attention.models.attach import attach
-from flux_attention.training.checkpoints import ResumeError, newest_checkpoint
+from flux_attention.training.checkpoints import ResumeError, begin_checkpoint, is_complete, newest_checkpoint
 from flux_attention.training.parallel import Ranks, Ulysses, shard_backbone
 from flux_attention.training.scale import PackTrainer, RepeatedPacks, ScaleConfig
 
@@ -32,12 +33,24 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
 
 
-def launch(folder, *arguments, ranks=2, timeout=240):
+def start(folder, *arguments, ranks=2):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "tests" / "models" / "ranks.py"), str(folder), *arguments]
-    return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
-    )
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def end(process, timeout=240):
+    """Its exit status and what it said."""
+    try:
+        told = process.communicate(timeout=timeout)[1]
+    finally:
+        # The launcher passes this on to the ranks; a kill would leave them behind.
+        process.terminate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stderr=told)
+
+
+def launch(folder, *arguments, ranks=2, timeout=240):
+    return end(start(folder, *arguments, ranks=ranks), timeout)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +95,11 @@ def test_ranks_train_to_one_processs_numbers(tmp_path, straight):
 
 @pytest.mark.parametrize(
     ("job", "message"),
-    [("fails", "RuntimeError: this rank has had enough"), ("dies", "Signal 9 (SIGKILL)")],
+    [
+        ("fails", "RuntimeError: this rank has had enough"),
+        ("leaves", "RuntimeError: this rank has had enough"),
+        ("dies", "Signal 9 (SIGKILL)"),
+    ],
 )
 def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path, job, message):
     started = time.monotonic()
@@ -112,6 +129,54 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, straight, moment):
     assert found["losses"][-STEPS:] == straight["lm"]["losses"]
     for name, value in straight["lm"]["parameters"].items():
         assert torch.equal(found["parameters"][name], value), name
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_killed_at_a_random_moment_resume_to_one_processs_numbers(tmp_path, straight, victim):
+    process = start(tmp_path, "leisurely")
+    try:
+        first = tmp_path / "leisurely" / "checkpoint-2"
+        while not is_complete(first):
+            assert process.poll() is None
+            time.sleep(0.01)
+        # The steps that follow take longer; a save or a step, whatever it hits.
+        time.sleep(random.Random(victim).uniform(0, 1))
+        os.kill(int((tmp_path / f"pid-{victim}").read_text()), signal.SIGKILL)
+        died = time.monotonic()
+    finally:
+        done = end(process, 60)
+    assert time.monotonic() - died < 60
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    kept = newest_checkpoint(tmp_path / "leisurely")
+    assert int((tmp_path / "step-0").read_text()) - 2 <= int(kept.name.removeprefix("checkpoint-")) < STEPS
+    done = launch(tmp_path, "resumes")
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"resumes-{rank}.pt") for rank in (0, 1)]
+    assert_same(ranks[0], straight["lm"], 1e-5)
+    assert all(torch.equal(value, ranks[1]["parameters"][name]) for name, value in ranks[0]["parameters"].items())
+
+
+def test_a_checkpoint_with_unknown_keys(tmp_path):
+    make_trainer(tmp_path, steps=2, save_steps=2).train()
+    weights = tmp_path / "checkpoint-2" / "model.safetensors"
+    stored = load_file(weights)
+    stored["router.later"] = stored.pop("multipliers.values")
+    save_file(stored, weights)
+    with pytest.raises(ResumeError, match=r"unknown router\.later; missing multipliers\.values"):
+        make_trainer(tmp_path, steps=2, save_steps=2).train(resume_from_checkpoint=True)
+    weights.write_bytes(b"\0")
+    with pytest.raises(ResumeError, match=r"model\.safetensors is missing, corrupt or truncated"):
+        make_trainer(tmp_path, steps=2, save_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_an_earlier_run_is_no_part_of_a_new_one(tmp_path):
+    """A run in the same folder that is killed while it saves: nothing of both looks complete."""
+    trainer = make_trainer(tmp_path, steps=2, save_steps=2)
+    trainer.train()
+    assert is_complete(tmp_path / "checkpoint-2")
+    begin_checkpoint(tmp_path / "checkpoint-2", trainer.settings())
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    assert not is_complete(tmp_path / "checkpoint-2")
 
 
 def test_resuming_with_other_settings_lists_them(tmp_path):
@@ -146,16 +211,17 @@ def test_nothing_to_resume_from(tmp_path):
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, steps=4, save_steps=2)
-    real, calls = torch.save, []
+    real, usage = torch.save, shutil.disk_usage(tmp_path)
 
     def full(*args, **kwargs):
-        calls.append(args)
         if trainer.state.global_step == 4:
-            raise OSError(28, "No space left on device")
+            # All that PyTorch says.
+            raise RuntimeError("basic_ios::clear: iostream error")
         real(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=0))
+    with pytest.raises(OSError, match=r"No space left on device: .*checkpoint-4"):
         trainer.train()
     monkeypatch.undo()
     assert newest_checkpoint(tmp_path).name == "checkpoint-2"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 SETTINGS_FILE = "flux_settings.json"
 #: What a checkpoint of the Trainer consists of; the state is written last.
-_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt")
+_WEIGHTS = "model.safetensors"
+_FILES = (_WEIGHTS, "optimizer.pt", "scheduler.pt")
 _STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -40,9 +43,14 @@ def is_complete(checkpoint: Path) -> bool:
     return all((checkpoint / name).is_file() for name in _FILES)
 
 
-def write_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Put the settings of the run beside its checkpoint."""
+def begin_checkpoint(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Put the settings of the run where its checkpoint will be.
+
+    One of an earlier run in the same place loses its state, so that a kill between two files leaves no mixture that
+    looks complete. Its other files are replaced one by one: other ranks may be writing theirs already.
+    """
     checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / _STATE).unlink(missing_ok=True)
     (checkpoint / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -66,4 +74,20 @@ def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
         raise ResumeError(
             f"{checkpoint} was trained with other settings (then → now): {'; '.join(differences)}. Resume with its "
             "own, or start anew in another folder"
+        )
+
+
+def check_weights(checkpoint: Path, names: Collection[str]) -> None:
+    """Refuse weights with other names than the run's, which the Trainer would only warn of. Raises ResumeError."""
+    path = checkpoint / _WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            stored = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ResumeError(f"{path} is missing, corrupt or truncated: {error}") from error
+    unknown, missing = sorted(stored - set(names)), sorted(set(names) - stored)
+    if unknown or missing:
+        raise ResumeError(
+            f"{path} is of another program or version: unknown {', '.join(unknown) or 'none'}; "
+            f"missing {', '.join(missing) or 'none'}"
         )

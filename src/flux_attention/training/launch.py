@@ -22,6 +22,7 @@ from flux_attention.models.adapter import load_adapter
 from flux_attention.models.attach import attach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.training.features import pooled_queries
+from flux_attention.training.parallel import end_together
 from flux_attention.training.scale import PackTrainer, ScaleConfig
 from flux_attention.training.store import StoredSamples
 
@@ -65,23 +66,15 @@ class PackRun:
 SHORT_FLUX = FluxConfig(sink_tokens=128, window_tokens=2048, full_bias=2.0)
 
 
-def short_run(
-    *,
-    model: str,
-    data: str | Path,
-    out: str | Path,
-    runs: str | Path,
-    settle_steps: int,
-    flux: FluxConfig = SHORT_FLUX,
-    **scale: Any,
-) -> PackRun:
+def short_run(name: str, *, model: str, settle_steps: int, flux: FluxConfig = SHORT_FLUX, **scale: Any) -> PackRun:
     """A run of tens of steps, a fraction of the published ones: what the recipes for 8B models share.
 
     The router starts less sure of full, and it and the multipliers move faster. Found on SmolLM2 (40 steps on a CPU);
     not yet tried at 8B.
 
     Args:
-        model, data, out, runs, flux: as `PackRun`.
+        name: of the folders: `data/NAME`, `adapters/NAME` and `runs/NAME`.
+        model, flux: as `PackRun`.
         settle_steps: training ends early when two windows of so many steps agree and both targets are met; checkpoints
             are as far apart.
         scale: what a recipe settles itself, as `ScaleConfig` names it: objective, steps, pack_tokens, accumulation, …
@@ -96,9 +89,9 @@ def short_run(
     }
     return PackRun(
         model=model,
-        data=data,
-        out=out,
-        runs=runs,
+        data=Path("data", name),
+        out=Path("adapters", name),
+        runs=Path("runs", name),
         flux=flux,
         scale=ScaleConfig(**{**shared, "settle_steps": settle_steps, **scale}),
     )
@@ -114,6 +107,11 @@ def run(plan: PackRun, *, resume: bool = False, device: str = "auto", progress: 
     Raises:
         ValueError, OSError, ImportError: whatever is wrong with the plan, the data or the checkpoint, as the parts say.
     """
+    with end_together():
+        return _run(plan, resume, device, progress)
+
+
+def _run(plan: PackRun, resume: bool, device: str, progress: bool) -> PackTrainer:
     samples = StoredSamples(plan.data)
     start = None if plan.start is None else load_adapter(plan.start)
     where = rank_device(device)

@@ -6,7 +6,11 @@ the exchange: DeepSpeed Ulysses, arXiv 2309.14509.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +43,7 @@ class Ranks:
 
         Raises ValueError when `shared` does not divide the number of ranks.
         """
-        started = dist.is_available() and dist.is_initialized()
+        started = _started()
         world, rank = (dist.get_world_size(), dist.get_rank()) if started else (1, 0)
         if shared < 1 or world % shared:
             raise ValueError(
@@ -173,6 +177,57 @@ def same_everywhere(module: nn.Module) -> None:
         dist.broadcast(tensor, 0)
 
 
+def first_ranks(choose: Callable[[], str]) -> str:
+    """What the first rank chooses, on every rank: a shared folder need not look the same to all at the same moment."""
+    if not _started():
+        return choose()
+    chosen = [choose() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
+@contextmanager
+def end_together() -> Iterator[None]:
+    """Around all that one of several ranks does with the others: none of them waits for another in vain at its end.
+
+    Process groups that were made inside end with the process, in order. A process that had an error exits with code 1
+    and leaves them: tearing a group down waits for collectives that the other ranks never join, and the launcher, which
+    stops those, for the exit.
+    """
+    outside = _started()
+    try:
+        yield
+    except BaseException:
+        if _started():
+            atexit.register(_exit)
+        raise
+    if _started() and not outside:
+        atexit.register(_leave)
+
+
+#: A collective is freed by whoever lets go of it last. A thread of gloo needs the interpreter for that, which may be
+#: waiting for the thread to end, as it does where a group is destroyed right after a barrier. So the last one is kept.
+_last: list[Any] = []
+
+
+def _leave() -> None:
+    if _started():
+        last = dist.barrier(async_op=True)
+        last.wait()
+        _last.append(last)
+        dist.destroy_process_group()
+
+
+def _exit() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def shard_backbone(controller: FluxAttention) -> None:
     """Shard the frozen decoder layers over all ranks (FSDP2): each gathers a layer's weights while it runs.
 
@@ -184,7 +239,7 @@ def shard_backbone(controller: FluxAttention) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _started():
         raise RuntimeError("shard_backbone needs torch.distributed: start with torchrun or accelerate launch")
     if controller.fusion is not None:
         # Fused layers hold the norms' weights as they were before they are sharded.

@@ -108,6 +108,8 @@ class PackTrainer(RouterTrainer):
     however they share the work. The router and the multipliers are replicated (DDP); the backbone is replicated or
     sharded, and never gets gradients or optimiser state.
 
+    On several ranks, make and train it within `parallel.end_together`, as `launch.run` does.
+
     Args:
         controller: the attached backbone, on this rank's device.
         config: how.

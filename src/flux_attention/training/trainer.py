@@ -6,7 +6,9 @@ outside of its tree (`objective.AnswerObjective`). So no optimiser, checkpoint o
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
@@ -22,14 +25,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.controller import FluxAttention
-from flux_attention.training.checkpoints import check_settings, newest_checkpoint, write_settings
+from flux_attention.training.checkpoints import begin_checkpoint, check_settings, check_weights, newest_checkpoint
 from flux_attention.training.data import Collator
 from flux_attention.training.features import collate_features
 from flux_attention.training.objective import AnswerObjective, DamageObjective, Multipliers
+from flux_attention.training.parallel import first_ranks
 from flux_attention.training.schedules import temperature, warmup, warmup_cosine
 
 Objective = Literal["lm", "distill", "damage"]
 OBJECTIVES = ("lm", "distill", "damage")
+#: Bytes below which a disk counts as full.
+_FULL = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,24 +367,28 @@ class RouterTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """The Trainer's `train`; `True` resumes from the newest checkpoint that is complete.
 
-        Raises ResumeError for settings that differ from the checkpoint's, and lists them.
+        Raises ResumeError for settings or weights that differ from the checkpoint's, and lists them.
         """
         chosen = None
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                chosen = newest_checkpoint(str(self.args.output_dir))
-            else:
-                chosen = Path(resume_from_checkpoint)
+                resume_from_checkpoint = first_ranks(lambda: str(newest_checkpoint(str(self.args.output_dir))))
+            chosen = Path(resume_from_checkpoint)
             check_settings(chosen, self.settings())
+            check_weights(chosen, self.objective.state_dict())
         return super().train(resume_from_checkpoint=None if chosen is None else str(chosen), **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            # One of an earlier run, of which this one would leave the state behind if it were killed now.
-            shutil.rmtree(folder, ignore_errors=True)
-            write_settings(folder, self.settings())
-        super()._save_checkpoint(model, trial)
+            begin_checkpoint(folder, self.settings())
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            # What PyTorch and safetensors say of a full disk does not name it.
+            if shutil.disk_usage(self.args.output_dir).free < _FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+            raise
 
     # ------------------------------------------------------------------ the result
 
