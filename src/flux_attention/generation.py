@@ -441,7 +441,8 @@ def _decode(
     history = _left_pad(prompts, device) if processors else None
     found: list[list[int]] = [[] for _ in range(rows)]
     done = [False] * rows
-    pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+    late = _late(device)
+    pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def take(item: tuple[Tensor, torch.cuda.Event | None]) -> None:
         host, event = item
@@ -471,23 +472,27 @@ def _decode(
             host.copy_(token, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        previous, pending = pending, (host, event)
-        if not on_cuda:
-            take(pending)
-            pending = None
+        pending.append((host, event))
         # The last token is never fed: nothing is predicted from it.
-        if step + 1 == limit or all(done):
-            break
-        logits = decoder.step(token)
-        # On CUDA tokens are looked at one step late, while the next step runs: the device never waits for the host.
-        if previous is not None:
-            take(previous)
+        if step + 1 < limit:
+            if not late:
+                take(pending.pop())
             if all(done):
-                pending = None
                 break
-    if pending is not None:
-        take(pending)
+            logits = decoder.step(token)
+        # While the step runs: the device never waits for the host.
+        while len(pending) > late:
+            take(pending.pop(0))
+        if all(done):
+            break
+    for item in pending:
+        take(item)
     return found
+
+
+def _late(device: torch.device) -> int:
+    """How many steps after it was made a token is looked at: on CUDA one, so that the next step is under way."""
+    return int(device.type == "cuda")
 
 
 def _left_pad(prompts: Sequence[Tensor], device: torch.device) -> Tensor:

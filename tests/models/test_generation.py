@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from flux_attention import generation
 from flux_attention.cache import PagePool, PoolExhaustedError
 from flux_attention.generation import generate
 from flux_attention.models.attach import attach
@@ -36,6 +37,19 @@ def test_equals_transformers(family, sparse):
     result.cache.clear()
     pool = result.cache.pool
     assert pool is not None and pool.free_pages == pool.num_pages
+
+
+def test_tokens_looked_at_a_step_late_are_all_there(monkeypatch):
+    model = make_model("llama")
+    attach(model, CONFIG)
+    prompts = make_prompts(40, 33)
+    expected = [generate(model, prompts, max_new_tokens=n).tokens for n in (1, 2, 5)]
+    stop = expected[2][0][1]
+    stopped = generate(model, prompts, generation_config=GenerationConfig(eos_token_id=stop, max_new_tokens=5)).tokens
+    monkeypatch.setattr(generation, "_late", lambda device: 1)
+    assert [generate(model, prompts, max_new_tokens=n).tokens for n in (1, 2, 5)] == expected
+    late = generate(model, prompts, generation_config=GenerationConfig(eos_token_id=stop, max_new_tokens=5))
+    assert late.tokens == stopped and len(stopped[0]) == 2
 
 
 def test_padded_and_listed_prompts_agree():
