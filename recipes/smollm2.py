@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +52,24 @@ from flux_attention.training.card import compare, comparison_text, model_card
 from flux_attention.training.damage import DamageMeter
 from flux_attention.training.data import RouterDataset, class_index
 from flux_attention.training.features import FeatureDataset, pooled_queries
-from flux_attention.training.groups import Group, agreement, class_target, group_targets
+from flux_attention.training.groups import Group, agreement, class_target, group_targets, largest_sparsity
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import initialise_bias
-from flux_attention.training.route_search import LayerCosts, race_routes, search_routes
+from flux_attention.training.route_search import LayerCosts, combined, race_routes, search_routes
 from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_state
 
-#: Kinds of need, each with its Ω: finding something, a module's gist, going on with code or prose, judging many
-#: examples, counting words. Prompts in free wording count several times: they are what users write. Rankings are
-#: measured where one pass scores many answers.
+#: Kinds of need: finding what one sentence says, copying and looking up, a module's gist, going on with code or prose,
+#: judging many examples, counting words. Prompts in free wording count several times: they are what users write.
+#: Rankings are measured where one pass scores many answers. A pooled query tells a question about one thing from one
+#: about many, but not a number from a UUID: needles of all kinds share a group.
 DEFAULT_GROUPS = (
-    f"{RETRIEVAL}:0.62:{RETRIEVAL},open_question,open_question,open_question,open_question"
-    ":needle_interview,needle_interview,needle_interview,variable_copies",
-    f"summary:0.7:module_summary,open_request,open_request:={RETRIEVAL}",
-    "code:0.8:code_completion:code_second_half,prose_second_half",
+    "needles:0.6:niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_two_queries"
+    + 4 * ",open_question"
+    + ":niah_single_2,niah_multikey_1",
+    "lookups:0.7:niah_multikey_3,niah_multiquery,variable_tracking,variable_copies,kv_lookup,kv_lookup_numbers,"
+    "passage_count,needle_interview:needle_interview,needle_interview,needle_interview,variable_copies",
+    "summary:0.867:module_summary,open_request,open_request:=lookups",
+    "code:0.833:code_completion:code_second_half,prose_second_half",
     "prose:0.867:prose_continuation:=code",
     "fewshot:0.9:fewshot_topic,fewshot_sentiment:topic_labels,sentiment_labels",
     "words:0.9:common_words:=fewshot",
@@ -99,16 +103,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--fit-prompts", type=int, default=4000, help="prompts whose features the router is fitted on")
     add("--features", type=Path, help="file that keeps the probes' pooled queries from one run to the next")
     add("--search-samples", type=int, nargs="+", default=[64], help="one or one a group")
-    add("--search-lengths", type=int, nargs="+", default=[4096, 0, 3072, 0, 2048, 0], help="one or one a group")
+    add("--search-lengths", type=int, nargs="+", default=[4096, 4096, 0, 3072, 0, 2048, 0], help="one or one a group")
     add(
         "--measurements",
         type=int,
         nargs="+",
-        default=[1200, 0, 600, 0, 500, 0],
+        default=[1200, 1200, 0, 600, 0, 500, 0],
         help="routed passes, one or one a group",
     )
     add("--race", type=int, default=0, help="routes of the first group that race on its samples at the end")
-    add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
+    add(
+        "--costs",
+        type=Path,
+        help="searches of earlier runs (results, or a file of many): groups of their names are not searched again",
+    )
+    add("--target-samples", type=int, default=16, help="samples a task that targets such as 98%% are found on")
+    add("--target-lengths", type=int, nargs="+", default=[4096, 8000], help="tokens of them")
     add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
     add("--softness", type=float, default=0.2, help="of the targets around the budget, in ranks")
     add("--retrieval-weight", type=float, default=3.0, help="what a retrieval prompt counts, another one counts 1")
@@ -144,6 +154,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             "fit_prompts": 40,
             "search_samples": [2],
             "search_lengths": [1200],
+            "target_samples": 1,
+            "target_lengths": [1200],
             "measurements": [32],
             "search_batch": 16,
             "race": 2,
@@ -180,6 +192,12 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
             options.seed,
             first=10_000,
         )
+        if group.keep is not None:
+            tasks = list(dict.fromkeys(group.tasks))
+            count = options.target_samples * len(tasks)
+            jobs[f"targets:{group.name}"] = spread_jobs(
+                tasks, count, options.target_lengths, options.seed, first=40_000
+            )
         share = options.fit_prompts // len(groups)
         # A probe reads the two ends only; short prompts are quick to make and look the same to it.
         jobs["fit"] += spread_jobs(group.tasks, share, [1024, 1536, 3072], options.seed, first=20_000)
@@ -263,15 +281,53 @@ def rank_group(
     return found, dict(used)
 
 
+def earlier_searches(path: Path | None, cost: CostMeter) -> dict[str, list[LayerCosts]]:
+    """Costs of groups that an earlier run found, or several; what was spent then was spent for this adapter."""
+    if path is None:
+        return {}
+    run = json.loads(path.read_text())
+    rows = run.get("searches") or [{"group": name, **row} for name, row in run["rankings"].items()]
+    cost.add("search", **run.get("phases", {}).get("search", {}))
+    found: dict[str, list[LayerCosts]] = {}
+    for row in rows:
+        costs, deviations = torch.tensor(row["costs"]), torch.tensor(row["deviations"])
+        known = LayerCosts(costs, deviations, row.get("curve", []), raced=tuple(row.get("raced", ())))
+        found.setdefault(row["group"], []).append(known)
+    return found
+
+
+def find_targets(
+    controller: FluxAttention,
+    made: dict[str, list[Sample]],
+    rankings: dict[str, LayerCosts],
+    options: argparse.Namespace,
+    cost: CostMeter,
+) -> tuple[list[Group], dict[str, dict[int, float]]]:
+    """The groups with a target each, and the shares of the dense score that the search for one saw."""
+    groups, curves = [], {}
+    for group in options.group:
+        if group.keep is not None:
+            with cost.phase("targets"):
+                meter = DamageMeter(
+                    controller, made[f"targets:{group.name}"], batch_tokens=options.batch_tokens, teacher=False
+                )
+                found, curves[group.name] = largest_sparsity(meter, rankings[group.name].order, group.keep)
+            print(
+                f"  {group.name}: Ω {found:.3f} keeps {group.keep:.3f}; "
+                + ", ".join(f"{n}: {share:.3f}" for n, share in curves[group.name].items()),
+                flush=True,
+            )
+            group = replace(group, target=found)
+        groups.append(group)
+    return groups, curves
+
+
 def search(
     controller: FluxAttention, made: dict[str, list[Sample]], options: argparse.Namespace, cost: CostMeter
 ) -> tuple[dict[str, LayerCosts], dict[str, Any]]:
     """Every group's costs, searched or from an earlier run, and what the log says of them."""
     rankings: dict[str, LayerCosts] = {}
-    run = json.loads(options.costs.read_text()) if options.costs else {}
-    # What was spent then was spent for this adapter.
-    cost.add("search", **run.get("phases", {}).get("search", {}))
-    earlier, log = run.get("rankings", {}), {}
+    earlier, log = earlier_searches(options.costs, cost), {}
     for group in options.group:
         if group.like:
             if group.like not in rankings:
@@ -280,10 +336,7 @@ def search(
             continue
         with cost.phase("search"):
             if group.name in earlier:
-                row = earlier[group.name]
-                costs, deviations = torch.tensor(row["costs"]), torch.tensor(row["deviations"])
-                found = LayerCosts(costs, deviations, row["curve"], raced=tuple(row.get("raced", ())))
-                used = row["samples"]
+                found, used = combined(earlier[group.name]), {}
             else:
                 samples = made[f"search:{group.name}"]
                 found, used = rank_group(controller, group, samples, list(rankings.values()), options)
@@ -294,7 +347,6 @@ def search(
             "deviations": [round(float(x), 5) for x in found.deviation],
             "raced": list(found.raced),
             "samples": used,
-            "target": group.target,
             "curve": found.curve,
         }
     return rankings, log
@@ -406,7 +458,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(arguments)
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
-    groups: list[Group] = options.group
     begun = time.perf_counter()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_backbone(options.backbone, dtype)
@@ -431,6 +482,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     pooled = probe(controller, made["fit"], options.features, cost)
     controller.router.fit_input_scale(pooled)
     rankings, log = search(controller, made, options, cost)
+    options.group, curves = find_targets(controller, made, rankings, options, cost)
+    groups: list[Group] = options.group
     orders = {name: found.order for name, found in rankings.items()}
     target = group_targets(made["fit"], groups, orders, options.softness)
     with tempfile.TemporaryDirectory() as temporary:
@@ -470,9 +523,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             **{n: {"seconds": round(s, 2), "tokens": cost.tokens[n]} for n, s in cost.seconds.items()},
         },
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "group"},
-        "groups": [{"name": g.name, "target": g.target, "tasks": list(g.tasks), "like": g.like} for g in groups],
+        "groups": [{**asdict(g), "target": round(g.target, 4)} for g in options.group],
         "evaluation": {"samples": options.eval_samples, "length": options.eval_length, "policies": table},
         "rankings": log,
+        "target_curves": curves,
         **trained,
     }
     if options.results:

@@ -1,5 +1,7 @@
 """Groups of tasks that share a ranking, and the targets made from them."""
 
+import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -7,14 +9,27 @@ import torch
 
 from flux_attention.data import HOLISTIC, RETRIEVAL, training_tasks
 from flux_attention.router import LayerRouter
+from flux_attention.training.damage import Measured
 from flux_attention.training.features import pooled_queries
-from flux_attention.training.groups import Group, agreement, class_target, group_targets
+from flux_attention.training.groups import (
+    Group,
+    _falling,
+    agreement,
+    class_target,
+    group_targets,
+    largest_sparsity,
+)
+from flux_attention.training.route_search import LayerCosts, combined
 
 
 def test_groups_are_parsed():
     group = Group.parse("mixed:0.6:niah_single_2,fewshot*:niah_single_2")
     assert (group.name, group.target, group.searched) == ("mixed", 0.6, ("niah_single_2",))
     assert Group.parse("prose:0.8:prose_continuation:=code").like == "code"
+    found = Group.parse("prose:98%:prose_continuation")
+    assert found.keep == 0.98 and math.isnan(found.target)
+    with pytest.raises(ValueError, match="an Ω in"):
+        Group.parse("prose:1.2:prose_continuation")
     assert group.tasks == ("niah_single_2", "fewshot_topic", "fewshot_sentiment")  # not the held-out one
     known = training_tasks()
     wanted = tuple(name for name, task in known.items() if task.task_class == RETRIEVAL)
@@ -57,3 +72,39 @@ def test_pooled_queries_keep_the_order_of_prompts():
 
     found = pooled_queries(SimpleNamespace(probe=probe), [(1, 1), (2,), (3, 3, 3)], batch=2)
     assert found.tolist() == [[[1.0], [2.0], [3.0]]]
+
+
+class CountingMeter:
+    """Four layers, least needed first 2, 0, 3, 1; a needle loses with each, text does not mind the first two."""
+
+    layers = 4
+    samples = (SimpleNamespace(teacher_forced=True, metric="f1"), SimpleNamespace(teacher_forced=False, metric="nll"))
+
+    def routes(self, use_full):
+        needle = {(): 0.8, (2,): 0.8, (0, 2): 0.79, (0, 2, 3): 0.5, (0, 1, 2, 3): 0.1}
+        text = {(): 2.0, (2,): 2.0, (0, 2): 2.0, (0, 2, 3): 2.02, (0, 1, 2, 3): 2.1}
+        sparse = [tuple((~row).nonzero()[:, 0].tolist()) for row in use_full]
+        soft = torch.tensor([[needle[s], 1.0] for s in sparse])
+        nll = torch.tensor([[1.0, text[s]] for s in sparse])
+        return Measured(soft, nll, soft, soft, soft)
+
+    @property
+    def dense(self):
+        return Measured(*(getattr(self.routes(torch.ones(1, 4).bool()), f.name)[0] for f in fields(Measured)))
+
+
+def test_the_largest_sparsity_that_keeps_a_share():
+    found, shares = largest_sparsity(CountingMeter(), [2, 0, 3, 1], 0.98)
+    assert found == 0.5 and list(shares) == [2, 4]
+    assert shares[2] == pytest.approx((0.79 + 1) / 1.8)
+    assert largest_sparsity(CountingMeter(), [2, 0, 3, 1], 0.995)[0] == 0
+    assert _falling([1.0, 0.8, 0.9, 0.5]) == pytest.approx([1.0, 0.85, 0.85, 0.5])
+
+
+def test_searches_are_combined_by_precision():
+    one = LayerCosts(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.1]), raced=(0,))
+    other = LayerCosts(torch.tensor([2.0, 0.0]), torch.tensor([0.1, 10.0]))
+    assert combined([one]) is one
+    both = combined([one, other])
+    assert both.mean.tolist() == pytest.approx([1.5, 3.0], abs=1e-3)
+    assert both.deviation.tolist() == pytest.approx([0.1 / 2**0.5, 0.1], abs=1e-3)

@@ -8,15 +8,17 @@ Shapes: `L` routable layers, `n` samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from flux_attention.data import TASK_CLASSES, TASKS, Sample, training_tasks
 from flux_attention.router import LayerRouter
-from flux_attention.training.damage import budget_targets, rank_positions
+from flux_attention.training.damage import DamageMeter, budget_targets, counts_as_whole, rank_positions
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Group:
 
     Args:
         name: for the log.
-        target: Ω of its prompts.
+        target: Ω of its prompts; NaN while it has to be found.
+        keep: share of the dense model's score that the target must keep, where it is to be found (`largest_sparsity`).
         tasks: names.
         searched: those that its ranking is found on; () = all of them.
         like: name of the group whose ranking it shares; "" = it has its own.
@@ -36,12 +39,14 @@ class Group:
     tasks: tuple[str, ...]
     searched: tuple[str, ...] = ()
     like: str = ""
+    keep: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Group:
         """`name:target:task,task,…[:searched,…]`, or `name:target:task,task,…:=other` with another group's ranking.
 
-        A class or a prefix ending in `*` stands for its training tasks.
+        A target is an Ω, or such as `98%`: the largest Ω that keeps so much of the dense model's score. A class or a
+        prefix ending in `*` stands for its training tasks.
 
         Raises ValueError for another form and for what is no training task.
         """
@@ -49,9 +54,13 @@ class Group:
         if len(parts) not in (3, 4):
             raise ValueError(f"a group is name:target:task,task,…[:searched,… or :=other], got {text!r}")
         name, target, tasks, source = (*parts, "")[:4]
+        keep = float(target[:-1]) / 100 if target.endswith("%") else None
+        omega = float(target) if keep is None else math.nan
+        if not 0 < (omega if keep is None else keep) <= 1:
+            raise ValueError(f"a group's target is an Ω in (0, 1] or a share such as 98%, got {target!r}")
         if source.startswith("="):
-            return cls(name, float(target), cls._tasks(tasks), like=source[1:])
-        return cls(name, float(target), cls._tasks(tasks), cls._tasks(source) if source else ())
+            return cls(name, omega, cls._tasks(tasks), (), source[1:], keep)
+        return cls(name, omega, cls._tasks(tasks), cls._tasks(source) if source else (), "", keep)
 
     @staticmethod
     def _tasks(text: str) -> tuple[str, ...]:
@@ -67,6 +76,41 @@ class Group:
             else:
                 raise ValueError(f"{word!r} is no training task; they are {', '.join(known)}")
         return tuple(tasks)
+
+
+def largest_sparsity(meter: DamageMeter, order: Sequence[int], keep: float) -> tuple[float, dict[int, float]]:
+    """The largest Ω of a ranking that keeps a share of the dense model's score, and the shares by sparse layers.
+
+    The score of an exact answer is its softened accuracy, that of running text the share exp(NLL dense − NLL) of its
+    probability a token. Every second number of layers is measured on all samples; what they keep is smoothed to fall
+    with their number, as it does but for noise. 0 when no number keeps enough.
+
+    Args:
+        meter: samples of a group's tasks, as many of each.
+        order: all layers, least needed first.
+        keep: in (0, 1].
+    """
+    counts = [n for n in range(2, meter.layers + 1) if (meter.layers - n) % 2 == 0]
+    use_full = torch.ones(len(counts), meter.layers, dtype=torch.bool)
+    for row, n in zip(use_full, counts, strict=True):
+        row[list(order[:n])] = False
+    text = torch.tensor([not counts_as_whole(sample) for sample in meter.samples])
+    dense, found = meter.dense, meter.routes(use_full)
+    scores = torch.where(text, torch.exp(dense.nll - found.nll), found.soft)
+    shares = (scores.mean(1) / torch.where(text, 1.0, dense.soft).mean()).tolist()
+    kept = [n for n, share in zip(counts, _falling(shares), strict=True) if share >= keep]
+    return max(kept, default=0) / meter.layers, dict(zip(counts, shares, strict=True))
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    """The closest falling sequence, by pooling adjacent violators."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and fmean(pools[-2]) < fmean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    return [fmean(pool) for pool in pools for _ in pool]
 
 
 def group_targets(

@@ -55,6 +55,18 @@ class LayerCosts:
         return sorted(by_cost, key=lambda layer: layer not in self.raced)
 
 
+def combined(found: Sequence[LayerCosts]) -> LayerCosts:
+    """What several searches for the same costs say together: their means, each by its precision.
+
+    One search comes back as it is; of several, curves, covariances and races do not survive.
+    """
+    if len(found) == 1:
+        return found[0]
+    precision = torch.stack([costs.deviation.double().clamp_min(1e-9) ** -2 for costs in found])
+    mean = (precision * torch.stack([costs.mean.double() for costs in found])).sum(0) / precision.sum(0)
+    return LayerCosts(mean, precision.sum(0) ** -0.5)
+
+
 class _LinearModel:
     """Bayesian regression of the loss on the sparse layers, float64 on the CPU.
 

@@ -64,6 +64,30 @@ TRAIN_PHRASINGS = (
         "The registered {kind} for {keys} {be}",
     ),
     Phrasing(
+        "Somewhere in these pages {kinds} are noted down. You are going to need one of them.",
+        "The {singular} noted for {key} is {value}.",
+        "Look up {the_all} {kind} noted for {keys}.",
+        "Noted for {keys} {be} the {kind}",
+    ),
+    Phrasing(
+        "I have a long text and want to know a certain {singular} from it.",
+        "By the way, {key} has the {singular} {value}.",
+        "What {be} {the_all} {kind} of {keys} according to the text above?",
+        "According to the text above, the {kind} of {keys} {be}",
+    ),
+    Phrasing(
+        "Context:",
+        "Important: the {singular} assigned to {key} is {value}.",
+        "Using the context, state {the_all} {kind} assigned to {keys}.",
+        "The {kind} assigned to {keys} {be}",
+    ),
+    Phrasing(
+        "Find the {singular} in the following passage and keep it in mind.",
+        "{key} is paired with the {singular} {value}.",
+        "Which {kind} {be} paired with {keys}? Repeat exactly.",
+        "Paired with {keys} {be} the {kind}",
+    ),
+    Phrasing(
         "The text that follows hides facts that you must find.",
         "One special {singular} for {key} is: {value}.",
         "What {be} the special {kind} for {keys} in the text?",
