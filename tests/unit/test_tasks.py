@@ -19,6 +19,7 @@ from flux_attention.data import (
 )
 from flux_attention.data.prompt import Draft, encode, fit
 from flux_attention.data.tasks import ALIASES, MathProblems, Needle
+from flux_attention.data.tasks.niah import TRAIN_PHRASINGS
 
 LENGTH = 1200
 
@@ -299,3 +300,16 @@ def test_math_tasks_by_name(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         tasks.get_task("math500").sample(random.Random(0), None, 500, "test")
     assert asked == [("math", False), ("math", True)]
+
+
+def test_every_phrasing_of_an_interview_asks_for_all_its_needles(tokenizer):
+    task = get_task("needle_interview")
+    seen = set()
+    for seed in range(60):
+        sample = task.sample(random.Random(seed), tokenizer, 1500, "train")
+        seen.add(sample.meta["phrasing"])
+        answer = tokenizer.decode(sample.answer_ids)
+        assert len(sample.spans) == len(sample.answers) == 12
+        assert all(value in answer and value in tokenizer.decode(sample.prompt_ids) for value in sample.answers)
+        assert "{" not in answer
+    assert len(seen) == len(TRAIN_PHRASINGS)

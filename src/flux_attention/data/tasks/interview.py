@@ -42,17 +42,25 @@ class NeedleInterview(TextTask):
         def text(form: str, kind: str, key: str, value: str = "") -> str:
             singular, plural = KINDS[kind]
             return form.format(
-                kind=singular, kinds=plural, singular=singular, keys=key, key=key, value=value, be="is", s="", plural=""
+                kind=singular,
+                kinds=plural,
+                singular=singular,
+                keys=key,
+                key=key,
+                value=value,
+                be="is",
+                s="s",
+                plural="",
             )
 
         rng.shuffle(found)
         pieces = haystack(source, split, rng, size)
         depths = spread(rng, pieces, [text(phrasing.needle, *needle) for needle in found])
         rng.shuffle(found)
-        intro = phrasing.intro.format(Some="Some", kind="values", kinds="values", be="are")
-        question = phrasing.question.format(
-            kind="values", be="are", the_all="all the", s="", plural="s", keys=join_list([key for _, key, _ in found])
-        )
+        # In the plural: what is asked for is of several kinds.
+        several = {"kind": "values", "kinds": "values", "singular": "value", "Some": "Some", "be": "are", "s": ""}
+        several |= {"the_all": "all the", "plural": "s", "keys": join_list([key for _, key, _ in found])}
+        intro, question = phrasing.intro.format(**several), phrasing.question.format(**several)
         prefixes = [text(phrasing.prefix, kind, key) for kind, key, _ in found]
         return Draft(
             "\n".join((intro, joiner(source).join(pieces), question)),
