@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ def run(
     *,
     others: list[str],
     only_prepare: bool,
+    only_report: bool,
     device: str,
     dtype: str,
     record: bool,
@@ -38,9 +40,15 @@ def run(
     console: Console,
     notes: Console,
 ) -> Summary | None:
-    """Run, print and write `folder/board.{json,md,html}` and the figures as PNG; None when it only prepares."""
-    where = choose_device(device)
-    kind = choose_dtype(dtype, where)
+    """Run, print and write `folder/board.{json,md,html}` and the figures as PNG; None when it only prepares.
+
+    `folder/run.json` says where it was measured; a board that only reports needs no such device.
+    """
+    where = choose_device("cpu" if only_report else device)
+    known = _measured(folder) if only_report else environment(where)
+    kind = choose_dtype(known["dtype"] if only_report else dtype, where)
+    if commit is not None:
+        known["commit"] = commit
     loaded = [load_adapter(name) for name in adapters]
     further = {Path(name).name: load_adapter(name) for name in others}
     quiet()
@@ -54,11 +62,15 @@ def run(
         if only_prepare:
             notes.print(f"samples: [bold]{folder}[/bold]")
             return None
+        if not only_report:
+            known |= {"dtype": str(kind).removeprefix("torch."), "device_type": where.type}
+            write_json(folder / "run.json", known)
         source = PoolModel(model, kind, str(where), config.impl)
         # Other processes load while this one does.
-        with Pool(config.processes, source) if config.processes > 1 else nullcontext() as pool:
+        with Pool(config.processes, source) if config.processes > 1 and not only_report else nullcontext() as pool:
             backbone.to(where)
-            run_ = run_board(Board(backbone, tokenizer, loaded, config, folder, bars, further, pool))
+            elsewhere = known["device_type"] if only_report else None
+            run_ = run_board(Board(backbone, tokenizer, loaded, config, folder, bars, further, pool, elsewhere))
     outcome = summarise(run_)
     table = summary(outcome.rows)
     print_table(console, table, f"board: mean Ω of the router {outcome.omega:.2f}")
@@ -77,9 +89,6 @@ def run(
         "left_out": [list(item) for item in outcome.left_out],
         "routes": {task: [round(x, 4) for x in shares] for task, shares in outcome.routes.items()},
     }
-    known = environment(where)
-    if commit is not None:
-        known["commit"] = commit
     figures = [figure.to_dict() for figure in outcome.figures]
     write_json(folder / "board.json", {**known, "settings": settings, "figures": figures, **details})
     (folder / "board.md").write_text(markdown(outcome, table), encoding="utf-8")
@@ -89,10 +98,18 @@ def run(
     notes.print(f"board: [bold]{folder / 'board.html'}[/bold]")
     if record:
         written = write_results(
-            "board", outcome.figures, device=where, settings=settings, details=details, commit=commit
+            "board", outcome.figures, device=where, settings=settings, details=details, measured=known
         )
         notes.print(f"figures: [bold]{written}[/bold]")
     return outcome
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: a board is measured before it is only reported")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _cell(estimate: Estimate | None, digits: int = 3) -> str:

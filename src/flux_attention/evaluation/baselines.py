@@ -54,6 +54,7 @@ def layer_rankings(
         "greedy-text": lambda meter: greedy_ranking(meter, jump=jump).order,
     }
     found: dict[str, list[int]] = {}
+    allowed = base.get("device") == controller.device.type
     missing: dict[str, tuple[Path, dict[str, Any]]] = {}
     for name, some in samples.items():
         sums = digest([checksum(sample) for sample in some])
@@ -63,6 +64,8 @@ def layer_rankings(
             found[name] = [int(layer) for layer in read_settings(path, settings)["ranking"]]
         else:
             missing[name] = path, settings
+    for path, _ in () if allowed else missing.values():
+        raise FileNotFoundError(f"{path} is not there, and was to be made on another device")
     for name in progress(list(missing), len(missing), "static rankings") if missing else ():
         meter = DamageMeter(controller, samples[name], batch_tokens=batch_tokens)
         # What the dense model cannot answer tells nothing about layers.
@@ -85,6 +88,7 @@ def static_heads(
         folder / "heads-static",
         {**base, **_settings(samples, training)},
         lambda: {"gates": train_static_heads(controller, samples, training, progress)},
+        controller,
     )
     return torch.argsort(tensors["gates"].flatten(), stable=True).tolist()
 
@@ -103,7 +107,7 @@ def head_scores(
     def train() -> dict[str, Tensor]:
         return compact_state(train_head_router(controller, samples, training, progress))
 
-    state = _kept(folder / "heads-routed", {**base, **_settings(samples, training)}, train)
+    state = _kept(folder / "heads-routed", {**base, **_settings(samples, training)}, train, controller)
     router = head_router(controller)
     router.load_state_dict(state)
     with torch.no_grad():
@@ -117,8 +121,13 @@ def _settings(samples: Sequence[Sample], training: HeadTraining) -> dict[str, An
     return {"version": VERSION, "samples": digest([checksum(sample) for sample in samples]), "training": options}
 
 
-def _kept(stem: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of a file named by its settings; made when it is not there."""
+def _kept(
+    stem: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], controller: FluxAttention
+) -> dict[str, Tensor]:
+    """Tensors of a file named by its settings; made when it is not there.
+
+    Raises FileNotFoundError when it is not, and belongs to a run on another device than the controller's.
+    """
     path = stem.with_name(f"{stem.name}-{digest(settings)}.safetensors")
     if path.is_file():
         try:
@@ -130,6 +139,8 @@ def _kept(stem: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, 
         if written != json.loads(json.dumps(settings)):
             raise ValueError(f"{path} holds a run of other settings; delete it or use another folder")
         return found
+    if settings.get("device") != controller.device.type:
+        raise FileNotFoundError(f"{path} is not there, and was to be made on another device")
     made = {name: tensor.contiguous() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".next")
@@ -161,7 +172,7 @@ def router_scores(
                 found[f"{task}@{length}"] = torch.cat(parts, 1)
         return found
 
-    found = _kept(folder / "routes", settings, make)
+    found = _kept(folder / "routes", settings, make, controller)
     return {(task, length): found[f"{task}@{length}"] for task, length in cells}
 
 

@@ -47,7 +47,7 @@ LEAST_DENSE = 0.10
 
 
 class UnfinishedError(RuntimeError):
-    """The board ran out of the time it was given; run it again in the same folder."""
+    """Results are missing: the board ran out of its time, or only reads; run it again in the same folder."""
 
 
 class Board:
@@ -59,6 +59,7 @@ class Board:
         others: further adapters by name, each a line of its own (for single targets, say).
         folder: of everything that is kept; created.
         pool: processes that measure with a model of the same weights; None = this one does.
+        measured_on: type of the device of an earlier run whose files are only read ("cuda"); None = measure here.
 
     Raises:
         ValueError: no adapter, adapters whose configurations differ, or samples that the model's context cannot hold.
@@ -74,11 +75,13 @@ class Board:
         progress: Progress | None = None,
         others: Mapping[str, Adapter] | None = None,
         pool: Pool | None = None,
+        measured_on: str | None = None,
     ) -> None:
         if not adapters:
             raise ValueError("a board needs at least one adapter")
         self.model, self.tokenizer, self.adapters = model, tokenizer, tuple(adapters)
         self.others, self._pool = dict(others or {}), pool
+        self._measured_on = measured_on
         self.config, self.folder, self.progress = config, Path(folder), progress or tqdm_progress
         self.layers = len(adapters[0].config.backbone.routable_layers)  # type: ignore[union-attr]
         bases = {_without_router(adapter.config) for adapter in (*adapters, *self.others.values())}
@@ -111,7 +114,7 @@ class Board:
             "config": {**_without_router(config).to_dict(), "backbone": None},
             "weights": self._weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.model.device.type,
+            "device": self._measured_on or self.model.device.type,
             "impl": self.config.impl,
         }
 
@@ -144,7 +147,7 @@ class Board:
     def measure(self, entrants: Sequence[Entrant], label: str) -> None:
         """Every pair that the entrants ask for and no file has, packed into passes; kept every few seconds.
 
-        Raises UnfinishedError when the time is up.
+        Raises UnfinishedError when the time is up, and when a board that only reads finds no result.
         """
         test = self.samples.test
         for mode in dict.fromkeys(entrant.mode for entrant in entrants):
@@ -157,6 +160,12 @@ class Board:
                             wanted.setdefault((cell, i, column), Pair(file, i, some[i], column))
             if not wanted:
                 continue
+            if self._measured_on is not None:
+                (task, length), *_ = next(iter(wanted))
+                raise UnfinishedError(
+                    f"{len(wanted)} results of {label} are not in {self.folder}, the first one of {task} at {length} "
+                    "tokens: go on measuring, or name policies that are complete"
+                )
             work = list(batches(list(wanted.values()), self.config.batch_tokens, self._options))
             found = self._outcomes(self._mode(mode), work)
             try:

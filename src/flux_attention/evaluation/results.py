@@ -123,6 +123,7 @@ def write_results(
     folder: Path = RESULTS,
     details: Mapping[str, Any] | None = None,
     commit: str | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `folder/name-DEVICE.json`, in the place of an earlier one of the same name and device.
 
@@ -131,6 +132,7 @@ def write_results(
         settings: what the run was asked to do: backbone, adapter, seed, n, lengths, dtype, …
         details: every repetition or sample, for whoever wants to look closer.
         commit: of the code, where it cannot be read from the checkout.
+        measured: `environment` of the run, where that was another process than this one.
 
     Raises:
         ValueError: no figures, or two of the same name.
@@ -140,7 +142,7 @@ def write_results(
         raise ValueError(f"a results file needs figures, each name once, got {', '.join(names) or 'none'}")
     if any(not math.isfinite(figure.value) for figure in figures):
         raise ValueError("figures must be finite")
-    data = {**environment(device), "program": name, "settings": dict(settings)}
+    data = {**(measured or environment(device)), "program": name, "settings": dict(settings)}
     if commit is not None:
         data["commit"] = commit
     data["figures"] = [figure.to_dict() for figure in figures]

@@ -63,6 +63,9 @@ def board(
         "runs/board"
     ),
     prepare: Annotated[bool, typer.Option("--prepare", help="Only make the samples, which needs no GPU.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Only make the tables of what the folder holds, measured anywhere.")
+    ] = False,
     minutes: Annotated[float, typer.Option("--minutes", help="Stop after this time; 0 = never.")] = 0.0,
     workers: Annotated[
         int | None, typer.Option("--workers", help="Processes that make samples; by default one a core, 16 at most.")
@@ -116,6 +119,7 @@ def board(
         out,
         others=other or [],
         only_prepare=prepare,
+        only_report=report,
         device=device,
         dtype=dtype,
         record=record,
