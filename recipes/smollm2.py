@@ -97,7 +97,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--group", type=parse_group, action="append", help="name:target:tasks; repeat; default: DEFAULT_GROUPS")
     add("--samples", type=Path, help="file with the samples, made when it is not there")
     add("--prepare", action="store_true", help="only make that file, which needs no GPU")
-    add("--fit-prompts", type=int, default=4000, help="prompts whose features the router is fitted on")
+    add("--fit-prompts", type=int, default=4200, help="prompts whose features the router is fitted on")
     add("--features", type=Path, help="file that keeps the probes' pooled queries from one run to the next")
     add("--search-samples", type=int, nargs="+", default=[64], help="one or one a group")
     add("--search-lengths", type=int, nargs="+", default=[4096, 4096, 0, 3072, 0, 2048, 0], help="one or one a group")

@@ -222,6 +222,7 @@ def page(outcome: Summary, table: Table, settings: dict[str, Any], known: dict[s
         "board_holistic_vs_dense": "holistic, of dense",
         "board_nll_vs_dense": "continuation NLL, of dense",
         "board_margin_over_best_static": "points over the best static split at equal Ω",
+        "board_margin_over_some_static": "points over the best static split measured, at equal Ω",
     }
     for figure in outcome.figures:
         if figure.name in wanted:

@@ -1,7 +1,7 @@
 """Runs samples through an attached model under one policy and says, per sample, how well and how sparsely.
 
 Teacher forcing scores a reference answer in the same pass that reads the prompt: only the prompt is routed, as it
-would be when serving (`models.answers`). Generation scores the text that the model writes by itself.
+would be when serving (`training.answers`). Generation scores the text that the model writes by itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from flux_attention.data import Sample, make_samples
 from flux_attention.data.progress import Progress, tqdm_progress
 from flux_attention.evaluation.metrics import score, span_accuracy
 from flux_attention.generation import generate
-from flux_attention.models.answers import forced_logits
 from flux_attention.models.controller import FluxAttention
 from flux_attention.modes import REGISTRY
 from flux_attention.route import Dial, Policy, Route
+from flux_attention.training.answers import forced_logits
 
 Scoring = Literal["auto", "forced", "generated"]
 SCORINGS: tuple[str, ...] = ("auto", "forced", "generated")

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux_attention.data.sample import Sample
-from flux_attention.models.answers import forced_logits
 from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Dense, Fixed, Route
+from flux_attention.training.answers import forced_logits
 from flux_attention.training.objective import token_kl
 
 

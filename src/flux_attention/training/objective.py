@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_attention.data.sample import TASK_CLASSES
-from flux_attention.models.answers import head_logits
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.step import SoftRouting
 from flux_attention.route import Dense
 from flux_attention.router import LayerRouter
+from flux_attention.training.answers import head_logits
 
 IGNORED = -100  # label of positions without a loss, torch's convention
 
