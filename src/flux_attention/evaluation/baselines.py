@@ -54,7 +54,6 @@ def layer_rankings(
         "greedy-text": lambda meter: greedy_ranking(meter, jump=jump).order,
     }
     found: dict[str, list[int]] = {}
-    allowed = base.get("device") == controller.device.type
     missing: dict[str, tuple[Path, dict[str, Any]]] = {}
     for name, some in samples.items():
         sums = digest([checksum(sample) for sample in some])
@@ -63,9 +62,8 @@ def layer_rankings(
         if path.is_file():
             found[name] = [int(layer) for layer in read_settings(path, settings)["ranking"]]
         else:
+            _check_device(path, settings, controller)
             missing[name] = path, settings
-    for path, _ in () if allowed else missing.values():
-        raise FileNotFoundError(f"{path} is not there, and was to be made on another device")
     for name in progress(list(missing), len(missing), "static rankings") if missing else ():
         meter = DamageMeter(controller, samples[name], batch_tokens=batch_tokens)
         # What the dense model cannot answer tells nothing about layers.
@@ -121,6 +119,11 @@ def _settings(samples: Sequence[Sample], training: HeadTraining) -> dict[str, An
     return {"version": VERSION, "samples": digest([checksum(sample) for sample in samples]), "training": options}
 
 
+def _check_device(path: Path, settings: Mapping[str, Any], controller: FluxAttention) -> None:
+    if settings.get("device") != controller.device.type:
+        raise FileNotFoundError(f"{path} is not there, and was to be made on another device")
+
+
 def _kept(
     stem: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], controller: FluxAttention
 ) -> dict[str, Tensor]:
@@ -139,8 +142,7 @@ def _kept(
         if written != json.loads(json.dumps(settings)):
             raise ValueError(f"{path} holds a run of other settings; delete it or use another folder")
         return found
-    if settings.get("device") != controller.device.type:
-        raise FileNotFoundError(f"{path} is not there, and was to be made on another device")
+    _check_device(path, settings, controller)
     made = {name: tensor.contiguous() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".next")

@@ -77,6 +77,10 @@ def softened_accuracy(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
     return torch.sigmoid(torch.stack([lead[a:b].min() for a, b in sample.scored_spans])).mean()
 
 
+def _nothing_yet(pairs: int) -> Measured:
+    return Measured(*torch.full((len(fields(Measured)), pairs), float("nan")))
+
+
 class DamageMeter:
     """Measures routes on fixed samples.
 
@@ -142,7 +146,13 @@ class DamageMeter:
     @cached_property
     def dense(self) -> Measured:
         """Every sample under the dense model."""
-        return self.measure(range(len(self.samples)), torch.ones(self.layers, len(self.samples), dtype=torch.bool))
+        every = range(len(self.samples))
+        if not self._teacher:
+            return self.measure(every, torch.ones(self.layers, len(every), dtype=torch.bool))
+        found = _nothing_yet(len(every))
+        targets = [torch.tensor(sample.answer_ids, device=self.controller.device) for sample in self.samples]
+        self._judge(found, every, every, self._teacher, targets)
+        return found
 
     @torch.no_grad()
     def measure(self, indices: Sequence[int], use_full: Tensor) -> Measured:
@@ -150,31 +160,43 @@ class DamageMeter:
         if tuple(use_full.shape) != (self.layers, len(indices)):
             raise ValueError(f"use_full must be [{self.layers}, {len(indices)}], got {list(use_full.shape)}")
         use_full = use_full.cpu().bool()
-        found = Measured(*torch.full((len(fields(Measured)), len(indices)), float("nan")))
+        found = _nothing_yet(len(indices))
         for places in self.batches(indices):
             members = [indices[place] for place in places]
             with self.controller.using(Fixed(Route(use_full[:, places]))):
                 answers = forced_logits(self.controller, [self.samples[member] for member in members])
-            flags = []
-            # Row by row on the device; one copy to the host.
-            rows = torch.empty(len(places), 3, device=self.controller.device)
-            for row, member, logits, target in zip(rows, members, *answers, strict=True):
-                sample, logits = self.samples[member], logits.float()
-                row[0] = F.cross_entropy(logits, target)
-                row[1] = softened_accuracy(sample, logits, target) if counts_as_whole(sample) else 1.0
-                if self._teacher:
-                    kl = token_kl(self._teacher[member], logits)
-                    row[2] = 1 - torch.exp(-(kl.sum() if counts_as_whole(sample) else kl.mean()))
-                flags.append(logits.argmax(-1) == target)
-            nll, soft, damage = rows.T.cpu()
-            found.nll[places], found.soft[places] = nll, soft
-            if self._teacher:
-                found.damage[places] = damage.clamp_min(0)
-            right = torch.cat(flags).cpu().split([len(flag) for flag in flags])
-            for i, (place, member) in enumerate(zip(places, members, strict=True)):
-                found.loss[place] = answer_loss(self.samples[member], nll[i], soft[i])
-                found.accuracy[place] = span_share(right[i].tolist(), self.samples[member])
+            self._judge(found, places, members, *answers)
         return found
+
+    def _judge(
+        self,
+        found: Measured,
+        places: Sequence[int],
+        members: Sequence[int],
+        answers: Sequence[Tensor],
+        targets: Sequence[Tensor],
+    ) -> None:
+        """Score the logits `[A, V]` of these samples' answers against their tokens `[A]`, into places of `found`."""
+        places = list(places)
+        flags = []
+        # Row by row on the device; one copy to the host.
+        rows = torch.empty(len(places), 3, device=self.controller.device)
+        for row, member, logits, target in zip(rows, members, answers, targets, strict=True):
+            sample, logits = self.samples[member], logits.float()
+            row[0] = F.cross_entropy(logits, target)
+            row[1] = softened_accuracy(sample, logits, target) if counts_as_whole(sample) else 1.0
+            if self._teacher:
+                kl = token_kl(self._teacher[member], logits)
+                row[2] = 1 - torch.exp(-(kl.sum() if counts_as_whole(sample) else kl.mean()))
+            flags.append(logits.argmax(-1) == target)
+        nll, soft, damage = rows.T.cpu()
+        found.nll[places], found.soft[places] = nll, soft
+        if self._teacher:
+            found.damage[places] = damage.clamp_min(0)
+        right = torch.cat(flags).cpu().split([len(flag) for flag in flags])
+        for i, (place, member) in enumerate(zip(places, members, strict=True)):
+            found.loss[place] = answer_loss(self.samples[member], nll[i], soft[i])
+            found.accuracy[place] = span_share(right[i].tolist(), self.samples[member])
 
     def routes(self, use_full: Tensor) -> Measured:
         """Every sample under each of `use_full [R, L]`; results are `[R, n]`."""

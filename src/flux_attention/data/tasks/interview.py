@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 
 from flux_attention.data.corpus import haystack, joiner
-from flux_attention.data.prompt import Draft, join_list
+from flux_attention.data.prompt import Draft
 from flux_attention.data.tasks.base import TextTask, choose, spread
-from flux_attention.data.tasks.niah import KINDS, TEST_PHRASINGS, TRAIN_PHRASINGS, VALUES
+from flux_attention.data.tasks.niah import KINDS, TEST_PHRASINGS, TRAIN_PHRASINGS, VALUES, wording
 from flux_attention.data.words import keys as make_keys
 
 
@@ -40,26 +40,14 @@ class NeedleInterview(TextTask):
         ]
 
         def text(form: str, kind: str, key: str, value: str = "") -> str:
-            singular, plural = KINDS[kind]
-            return form.format(
-                kind=singular,
-                kinds=plural,
-                singular=singular,
-                keys=key,
-                key=key,
-                value=value,
-                be="is",
-                s="s",
-                plural="",
-            )
+            return form.format(**wording(*KINDS[kind], [key], many=False), key=key, value=value)
 
         rng.shuffle(found)
         pieces = haystack(source, split, rng, size)
         depths = spread(rng, pieces, [text(phrasing.needle, *needle) for needle in found])
         rng.shuffle(found)
         # In the plural: what is asked for is of several kinds.
-        several = {"kind": "values", "kinds": "values", "singular": "value", "Some": "Some", "be": "are", "s": ""}
-        several |= {"the_all": "all the", "plural": "s", "keys": join_list([key for _, key, _ in found])}
+        several = wording("value", "values", [key for _, key, _ in found], many=True)
         intro, question = phrasing.intro.format(**several), phrasing.question.format(**several)
         prefixes = [text(phrasing.prefix, kind, key) for kind, key, _ in found]
         return Draft(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flux_attention.data import words
@@ -96,6 +97,21 @@ TRAIN_PHRASINGS = (
 )
 
 
+def wording(singular: str, plural: str, keys: Sequence[str], *, many: bool) -> dict[str, str]:
+    """Fields of a phrasing's intro, question and prefix for one value or `many` of these keys."""
+    return {
+        "kind": plural if many else singular,
+        "kinds": plural,
+        "singular": singular,
+        "Some": "Some" if many else "A",
+        "be": "are" if many else "is",
+        "the_all": "all the" if many else "the",
+        "s": "" if many else "s",
+        "plural": "s" if many else "",
+        "keys": join_list(keys),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needle(TextTask):
     """`keys` needles with `values_per_key` values each, `asked` keys in the question.
@@ -152,18 +168,7 @@ class Needle(TextTask):
             pieces = haystack(source, split, rng, size)
             depths = spread(rng, pieces, needles)
         answers = tuple(value for key in asked for k, value in pairs if k == key)
-        many = len(answers) > 1
-        words_for = {
-            "kind": plural if many else singular,
-            "kinds": plural,
-            "singular": singular,
-            "Some": "Some" if many else "A",
-            "be": "are" if many else "is",
-            "the_all": "all the" if many else "the",
-            "s": "" if many else "s",
-            "plural": "s" if many else "",
-            "keys": join_list(asked),
-        }
+        words_for = wording(singular, plural, asked, many=len(answers) > 1)
         text = joiner(source).join(pieces)
         user = "\n".join((phrasing.intro.format(**words_for), text, phrasing.question.format(**words_for)))
         where = [depth for (key, _), depth in zip(pairs, depths, strict=True) if key in asked]
