@@ -105,8 +105,7 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
     n, device = setup.short, setup.device
     prompt, pool = setup.prompt(n), dense_pool(setup, controller, n)
 
-    def once(route: Route | None) -> tuple[float, float, Route, Tensor]:
-        """Milliseconds on the device, from its first event to its last, and on the clock; the route and the logits."""
+    def once(route: Route | None) -> Pass:
         cache = controller.new_cache(pool=pool, max_row_tokens=n)
         sync(device)
         started, events = time.perf_counter(), [torch.cuda.Event(enable_timing=True) for _ in "ab"] if on_gpu else []
@@ -120,11 +119,12 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
         assert cache.route is not None
         found = cache.route
         cache.clear()
-        return events[0].elapsed_time(events[1]) if on_gpu else wall, wall, found, logits
+        return Pass(events[0].elapsed_time(events[1]) if on_gpu else wall, wall, found, logits, tuple(events))
 
     on_gpu = device.type == "cuda"
-    _, _, route, logits = once(None)
-    given = once(route)[3]
+    first = once(None)
+    route, logits = first.route, first.logits
+    given = once(route).logits
     error = ((logits - given).float().norm() / given.float().norm()).item()
     # The same kernels on the same inputs, but for the moment at which attention is launched.
     assert error < 1e-3, f"a prefill that finds its route gives other logits than one that is given it: {error:.1e}"
@@ -132,11 +132,11 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
     for i in range(3 if setup.tiny else PAIRS):
         # Turns change places, so that a drift of the clocks falls on both alike.
         if i % 2:
-            b, a = once(route)[:2], once(None)[:2]
+            b, a = once(route), once(None)
         else:
-            a, b = once(None)[:2], once(route)[:2]
-        inline.append(a)
-        static.append(b)
+            a, b = once(None), once(route)
+        inline.append((a.ms, a.wall_ms))
+        static.append((b.ms, b.wall_ms))
     record.note(
         "routing_inline",
         {
@@ -146,26 +146,47 @@ def above_static(setup: Setup, controller: FluxAttention, record: Recorder) -> N
             "sparse_layers": int((~route.use_full).sum()),
         },
     )
-    for name, of in (("routing_inline_ms", 0), ("routing_inline_wall_ms", 1)):
+    watched = on_gpu and controller.fusion is not None
+    # Of whole passes, and where there is nothing better, the figure itself: see `watched_layers`.
+    names = ("routing_inline_pass_ms" if watched else "routing_inline_ms", "routing_inline_wall_ms")
+    for of, name in enumerate(names):
         pairs = [a[of] - b[of] for a, b in zip(inline, static, strict=True)]
         record.add(name, statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
-    if on_gpu and controller.fusion is not None:
+    if watched:
         watched_layers(controller, lambda: once(None), lambda: once(route), record)
 
 
-def watched_layers(
-    controller: FluxAttention, inline: Callable[[], Any], static: Callable[[], Any], record: Recorder
-) -> None:
-    """The same difference where it comes from: between a layer's queries and its attention, over all layers.
+@dataclass(frozen=True)
+class Pass:
+    """A prefill: milliseconds on the device, from its first event to its last, and on the clock."""
 
-    What a whole pass takes moves by several milliseconds with the device's clocks; this twentieth of it does not.
+    ms: float
+    wall_ms: float
+    route: Route
+    logits: Tensor
+    events: tuple[torch.cuda.Event, ...]
+
+
+def watched_layers(
+    controller: FluxAttention, inline: Callable[[], Pass], static: Callable[[], Pass], record: Recorder
+) -> None:
+    """The same difference where it arises: before the first queries, between each layer's queries and its attention,
+    and behind the last attention.
+
+    What a whole pass takes moves by several milliseconds with the device's clocks, these parts of it do not. The rest,
+    from a layer's attention to the next one's queries, is the same launches in both passes. Only a host that is behind
+    could make it longer: `dry_after` counts the layers after which the device has nothing to do yet.
     """
     watches = [(watch_layers(controller, inline), watch_layers(controller, static)) for _ in range(WATCHED)]
-    pairs = [a.before_attention_ms - b.before_attention_ms for a, b in watches]
-    record.add("routing_inline_layers_ms", statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
-    record.note(
-        "routing_inline_static_layers_ms", round(statistics.median(b.before_attention_ms for _, b in watches), 3)
-    )
+    pairs = [a.own_ms - b.own_ms for a, b in watches]
+    record.add("routing_inline_ms", statistics.median(pairs), "ms", pairs, interval=median_interval(pairs))
+    parts = {
+        "layers": [a.before_attention_ms - b.before_attention_ms for a, b in watches],
+        "before": [a.before_first - b.before_first for a, b in watches],
+        "behind": [a.behind_last - b.behind_last for a, b in watches],
+        "static": [b.own_ms for _, b in watches],
+    }
+    record.note("routing_inline_parts_ms", {name: round(statistics.median(x), 3) for name, x in parts.items()})
     record.note("routing_inline_watched", [a.summary() for a, _ in watches])
 
 
@@ -177,6 +198,7 @@ class LayerWatch:
         before_attention: milliseconds of the device from a layer's queries to its attention.
         decide: milliseconds of the device from a layer's queries to its logits.
         idle: milliseconds of the device between a layer's rotary embedding and its attention.
+        before_first, behind_last: milliseconds of the device before the first queries, and from the last attention on.
         sparse: whether the layer is.
         waited, launched: seconds that the host waits for a decision, and from its arrival to the end of the launch.
             Of a pass that routes inline, as is what follows.
@@ -192,10 +214,17 @@ class LayerWatch:
     launched: list[float] = field(default_factory=list)
     late: list[bool] = field(default_factory=list)
     dry: list[bool] = field(default_factory=list)
+    before_first: float = 0.0
+    behind_last: float = 0.0
 
     @property
     def before_attention_ms(self) -> float:
         return sum(self.before_attention)
+
+    @property
+    def own_ms(self) -> float:
+        """All that a route could make longer."""
+        return self.before_first + self.before_attention_ms + self.behind_last
 
     def summary(self) -> dict[str, Any]:
         def of(sparse: bool, values: Sequence[float]) -> list[float]:
@@ -215,7 +244,7 @@ class LayerWatch:
         return found
 
 
-def watch_layers(controller: FluxAttention, run: Callable[[], Any]) -> LayerWatch:
+def watch_layers(controller: FluxAttention, run: Callable[[], Pass]) -> LayerWatch:
     """A pass with events around what routing inline adds to a layer."""
     watch, events = LayerWatch(), []
     pool, decide, decided = LayerPooling.pool, LayerPooling.decide, LayerPrefill._decided
@@ -269,7 +298,7 @@ def watch_layers(controller: FluxAttention, run: Callable[[], Any]) -> LayerWatc
     LayerPooling.pool, LayerPooling.decide = watched_pool, watched_decide
     LayerPrefill._decided, LayerPrefill.routed, LayerPrefill._sides = watched_decided, watched_routed, watched_sides
     try:
-        run()
+        whole = run()
     finally:
         del vars(controller)["attend"]
         LayerPooling.pool, LayerPooling.decide = pool, decide
@@ -278,6 +307,9 @@ def watch_layers(controller: FluxAttention, run: Callable[[], Any]) -> LayerWatc
         watch.before_attention.append(queries.elapsed_time(launch))
         watch.decide.append(queries.elapsed_time(logits))
         watch.idle.append(rotary.elapsed_time(launch))
+    # A pass that is given its route has no event behind its attention: the launch in front of it is the same.
+    watch.before_first = whole.events[0].elapsed_time(events[0][0])
+    watch.behind_last = events[-1][3].elapsed_time(whole.events[1])
     return watch
 
 

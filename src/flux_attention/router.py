@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flux_attention.kernels.fused import router_logits
+from flux_attention.kernels.fused import Norm, decide, router_logits
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,24 @@ class LayerRouter(nn.Module):
         rows = slice(None) if layer is None else slice(layer, layer + 1)
         logits = self._logits(parts if layer is None else parts[None], rows, impl="auto")
         return logits if layer is None else logits[0]
+
+    def decide(
+        self, queries: Tensor, plan: PoolPlan, norm: Norm | None, layer: int, *, arrivals: Tensor, out: Tensor
+    ) -> Tensor:
+        """Logits `[S, 2]` of one layer from its queries `[N, Hq * D]` on a GPU, in one launch: see `fused.decide`."""
+        return decide(
+            queries,
+            plan.index,
+            plan.weight,
+            self.head_dim,
+            norm,
+            self.input_mean[layer],
+            self.input_scale[layer],
+            [weight[layer] for weight in self.weights],
+            [bias[layer] for bias in self.biases],
+            arrivals=arrivals,
+            out=out,
+        )
 
     def _logits(self, parts: Tensor, rows: slice, impl: str) -> Tensor:
         """`router_logits` of some layers."""

@@ -89,15 +89,25 @@ def test_layers_are_watched(monkeypatch):
     controller = attach(model, FluxConfig(sink_tokens=128, window_tokens=256, router_input="inline"), fuse=True)
     routing.bias_layers(controller.router)
     ids = routing.torch.arange(1500)[None] % 256
+
+    def run() -> SimpleNamespace:
+        events = [Event(enable_timing=True) for _ in "ab"]
+        events[0].record()
+        model(ids)
+        events[1].record()
+        return SimpleNamespace(events=events)
+
     with routing.torch.no_grad():
-        watch = routing.watch_layers(controller, lambda: model(ids))
+        watch = routing.watch_layers(controller, run)
         with controller.using(Fixed(controller.last_route)):
-            static = routing.watch_layers(controller, lambda: model(ids))
+            static = routing.watch_layers(controller, run)
     assert watch.sparse == [True, False, True, False] and not static.sparse
     for seen in (watch, static):
         assert len(seen.before_attention) == 4
         parts = zip(seen.before_attention, seen.decide, seen.idle, strict=True)
         assert all(whole > decide + idle > 0 for whole, decide, idle in parts)
+        assert seen.before_first > 0 and seen.behind_last > 0
+        assert seen.own_ms == seen.before_first + sum(seen.before_attention) + seen.behind_last
     assert sum(watch.decide) > sum(static.decide)
 
     noted = {}
@@ -108,7 +118,8 @@ def test_layers_are_watched(monkeypatch):
     passes = iter([watch, static, watch, static])
     monkeypatch.setattr(routing, "watch_layers", lambda *_: next(passes))
     routing.watched_layers(controller, None, None, keeper)
-    assert noted["routing_inline_layers_ms"] == [sum(watch.before_attention) - sum(static.before_attention)] * 2
+    assert noted["routing_inline_ms"] == [watch.own_ms - static.own_ms] * 2
+    assert set(noted["routing_inline_parts_ms"]) == {"layers", "before", "behind", "static"}
     assert len(noted["routing_inline_watched"]) == 2
     summary = watch.summary()
     assert all(summary[side]["late"] == 2 and summary[side]["wait_us"] >= 0 for side in ("full", "sparse"))

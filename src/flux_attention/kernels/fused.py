@@ -327,6 +327,83 @@ def router_logits(
     return logits
 
 
+#: Tokens that one program of `decide` pools at most, and programs that are sure to run all at once.
+_MOST_TOKENS, _MOST_PROGRAMS = 8, 64
+
+
+def decide_arrivals(device: torch.device) -> Tensor:
+    """Counters that the programs of `decide` meet at. Calls that share them must follow each other on the device."""
+    return torch.zeros(_MOST_PROGRAMS, 3, dtype=torch.int32, device=device)
+
+
+def decides(q: Tensor, index: Tensor, dim: int) -> bool:
+    """Whether `decide` takes these: on a GPU, few sequences, and heads that divide its work."""
+    (rows, k), programs = index.shape, dim // 4
+    fits = 0 < rows * programs <= _MOST_PROGRAMS and k <= programs * _MOST_TOKENS
+    return q.is_cuda and dim in (64, 128, 256) and fits
+
+
+def decide(
+    q: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    dim: int,
+    norm: Norm | None,
+    mean: Tensor,
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    arrivals: Tensor,
+    out: Tensor,
+    programs: int | None = None,
+) -> Tensor:
+    """Pooling and router of one layer in one launch of triton: `router_logits` of `pool_queries`.
+
+    The programs wait for each other, so all of them must be resident: see `decides`.
+
+    Args:
+        q, index, weight, dim, norm: see `pool_queries`.
+        mean, scale: `[D]`.
+        weights, biases: the layer's five products, as in `LayerRouter`.
+        arrivals: see `decide_arrivals`.
+        out: float32 `[S, 2]` for the logits; the host's pinned memory will do, where they are once the launch is done.
+        programs: a divisor of `4 * D`; tests on a CPU, where programs take turns, give 1.
+    """
+    import triton
+
+    from flux_attention.kernels import fused_triton as kernels
+
+    q, (rows, k), hq = q.contiguous(), index.shape, q.shape[1] // dim
+    programs = programs or dim // 4
+    work = torch.empty(rows, programs, 4, dim, dtype=torch.float32, device=q.device)
+    overlap = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    kernels.decide_kernel[(programs, rows)](
+        q,
+        index,
+        weight,
+        q if norm is None else norm.weight,
+        mean,
+        scale,
+        *(x for pair in zip(weights, biases, strict=True) for x in pair),
+        work,
+        arrivals,
+        out,
+        k,
+        0.0 if norm is None else norm.eps,
+        HQ=hq,
+        HEADS=triton.next_power_of_2(hq),
+        D=dim,
+        TOKENS=triton.next_power_of_2(triton.cdiv(k, programs)),
+        PROGRAMS=programs,
+        NORM=norm is not None,
+        OVERLAP=overlap,
+        num_warps=16,
+        **({"launch_pdl": True} if overlap else {}),
+    )
+    return out
+
+
 # ------------------------------------------------------------------------------------------------ one token
 
 

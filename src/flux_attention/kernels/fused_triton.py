@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from flux_attention.kernels.overlap import after_previous
 
@@ -220,6 +221,96 @@ def router_last_kernel(
     b_w = tl.load(p_weight + i_l * 2 * K + o_n[:, None] * K + o_k[None, :], mask=m_k, other=0.0)
     b_out = tl.sum(b_w * b_x[None, :], 1) + tl.load(p_bias + i_l * 2 + o_n)
     tl.store(p_out + i_row * 2 + o_n, b_out)
+
+
+@triton.jit
+def _wait_for_all(p_count, PROGRAMS: tl.constexpr):
+    """Wait until every program has come here. All must be resident at once, and what they stored before is seen."""
+    tl.debug_barrier()
+    tl.atomic_add(p_count, 1)
+    while tl.atomic_add(p_count, 0) < PROGRAMS:
+        pass
+
+
+@triton.jit
+def _sum_of_parts(p_x, K: tl.constexpr, PARTS: tl.constexpr):
+    """Sum of the rows of `[PARTS, K]`, which other programs of this launch have just written."""
+    o_p, o_k = tl.arange(0, PARTS), tl.arange(0, K)
+    # Past the first cache, which does not see what other multiprocessors write.
+    return tl.sum(tl.load(p_x + o_p[:, None] * K + o_k[None, :], cache_modifier=".cg"), 0)
+
+
+@triton.jit
+def decide_kernel(
+    p_q, p_index, p_token, p_norm, p_mean, p_scale, p_w0, p_b0, p_w1, p_b1, p_w2, p_b2, p_w3, p_b3, p_w4, p_b4,
+    p_work, p_count, p_out, k, eps,
+    HQ: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PROGRAMS: tl.constexpr,
+    NORM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A layer's queries to its router's two logits in one launch: pooling and five products, float32.
+
+    A program pools TOKENS tokens, takes its share of the hidden values of the first two products and of the next two,
+    and waits for the others in between; the last to finish takes the last product. Weights depend on nothing that is
+    waited for, so they are on their way from the start.
+
+    `p_q [N, HQ * D]`, `p_index, p_token [S, k]`; weights of one layer of a `LayerRouter`; `p_work [S, PROGRAMS, 4, D]`;
+    `p_count` int32 `[S, 3]`, 0 before and after; `p_out [S, 2]`.
+    """
+    i, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    N1: tl.constexpr = 8 * D // PROGRAMS
+    N2: tl.constexpr = 4 * D // PROGRAMS
+    o_d, o_2d = tl.arange(0, D), tl.arange(0, 2 * D)
+    o_1, o_2 = i * N1 + tl.arange(0, N1), i * N2 + tl.arange(0, N2)
+    b_w0 = tl.load(p_w0 + o_1[:, None] * D + o_d[None, :])
+    b_w1 = tl.load(p_w1 + o_2d[:, None] * (8 * D) + o_1[None, :])
+    b_w2 = tl.load(p_w2 + o_2[:, None] * (2 * D) + o_2d[None, :])
+    b_w3 = tl.load(p_w3 + o_d[:, None] * (4 * D) + o_2[None, :])
+    b_mean, b_scale, b_b0 = tl.load(p_mean + o_d), tl.load(p_scale + o_d), tl.load(p_b0 + o_1)
+    b_b1, b_b2 = tl.load(p_b1 + o_2d), tl.load(p_b2 + o_2)
+    if OVERLAP:
+        cuda.gdc_wait()
+
+    o_h = tl.arange(0, HEADS)
+    m_h = (o_h < HQ)[:, None]
+    b_pooled = tl.zeros([D], tl.float32)
+    for j in tl.static_range(TOKENS):
+        i_k = i * TOKENS + j
+        m_k = i_k < k
+        i_t = tl.load(p_index + i_s * k + i_k, mask=m_k, other=0).to(tl.int64)
+        b_token = tl.load(p_token + i_s * k + i_k, mask=m_k, other=0.0)
+        o_x = i_t * HQ * D + o_h[:, None] * D + o_d[None, :]
+        b_x = tl.load(p_q + o_x, mask=m_h & m_k, other=0.0).to(tl.float32)
+        if NORM:
+            b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
+            b_x = b_x * tl.load(p_norm + o_d).to(tl.float32)[None, :]
+        b_pooled += tl.sum(b_x, 0) * (b_token / HQ)
+
+    p_pooled = p_work + i_s * PROGRAMS * 4 * D
+    p_first, p_second = p_pooled + PROGRAMS * D, p_pooled + PROGRAMS * 3 * D
+    p_count += i_s * 3
+    tl.store(p_pooled + i * D + o_d, b_pooled)
+    _wait_for_all(p_count, PROGRAMS)
+
+    b_x = (_sum_of_parts(p_pooled, D, PROGRAMS) - b_mean) * b_scale
+    b_h = tl.sum(b_w0 * b_x[None, :], 1) + b_b0
+    b_h *= tl.sigmoid(b_h)
+    tl.store(p_first + i * 2 * D + o_2d, tl.sum(b_w1 * b_h[None, :], 1))
+    _wait_for_all(p_count + 1, PROGRAMS)
+
+    b_y = _sum_of_parts(p_first, 2 * D, PROGRAMS) + b_b1
+    b_g = tl.sum(b_w2 * b_y[None, :], 1) + b_b2
+    b_g *= tl.sigmoid(b_g)
+    tl.store(p_second + i * D + o_d, tl.sum(b_w3 * b_g[None, :], 1))
+    tl.debug_barrier()
+    if tl.atomic_add(p_count + 2, 1) == PROGRAMS - 1:
+        b_z = _sum_of_parts(p_second, D, PROGRAMS) + tl.load(p_b3 + o_d)
+        b_z *= tl.sigmoid(b_z)
+        o_n = tl.arange(0, 2)
+        b_w4 = tl.load(p_w4 + o_n[:, None] * D + o_d[None, :])
+        tl.store(p_out + i_s * 2 + o_n, tl.sum(b_w4 * b_z[None, :], 1) + tl.load(p_b4 + o_n))
+        # Everybody is past the first two by now.
+        o_c = tl.arange(0, 4)
+        tl.store(p_count + o_c, tl.zeros([4], tl.int32), mask=o_c < 3)
 
 
 # ------------------------------------------------------------------------------------------------ one token

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flux_attention.kernels.fused import Norm, pool_queries
+from flux_attention.kernels.fused import Norm, decide_arrivals, decides, pool_queries
 from flux_attention.models.step import Step
 from flux_attention.router import straight_through_gate
 
@@ -33,6 +33,7 @@ class LayerPooling:
     def __init__(self, controller: FluxAttention) -> None:
         self._controller = controller
         self._side: torch.cuda.Stream | None = None
+        self._arrivals: Tensor | None = None
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of a routable attention module: pool what its queries will be, before it begins."""
@@ -65,10 +66,10 @@ class LayerPooling:
     def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
         """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`: for a probe, or to route inline.
 
-        An inline decision is made in line with the layer, by four short launches behind the queries. Beside the other
-        projections they would wait at each of them: a product's blocks hold the whole device until it is done. So the
-        decision has two projections and the rotary embedding to reach the host, and the host to launch what it has
-        ready by then.
+        An inline decision is made in line with the layer, by one short launch behind the queries that writes to the
+        host's memory. Beside the other projections it would wait for one of them: a product's blocks hold the whole
+        device until it is done. So the decision has two projections and the rotary embedding to reach the host, and the
+        host to launch what it has ready by then.
         """
         controller = self._controller
         step = controller._step
@@ -79,6 +80,13 @@ class LayerPooling:
         if step.collect:
             with self._beside(step, queries):
                 self._collect(step, layer, pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm))
+            return
+        if decides(queries, plan.index, backbone.head_dim):
+            if self._arrivals is None or self._arrivals.device != queries.device:
+                self._arrivals = decide_arrivals(queries.device)
+            host = torch.empty(plan.index.shape[0], 2, pin_memory=True)
+            controller.router.decide(queries, plan, norm, layer, arrivals=self._arrivals, out=host)
+            step.decisions[layer] = host, torch.cuda.current_stream(queries.device).record_event()
             return
         parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
         logits = controller.router.from_parts(parts, layer)
