@@ -64,12 +64,12 @@ from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_
 #: that is asked for, nor well one needle from several: needles of all kinds share a group.
 DEFAULT_GROUPS = (
     "needles:0.6:niah*,needle_interview" + 4 * ",open_question" + ":niah_single_2,niah_multikey_1",
-    "lookups:0.7:variable*,kv*,passage_count:needle_interview,needle_interview,needle_interview,variable_copies",
-    "summary:0.867:module_summary,open_request,open_request:=lookups",
-    "code:0.833:code_completion:code_second_half,prose_second_half",
-    "prose:0.867:prose_continuation:=code",
-    "fewshot:0.9:fewshot_topic,fewshot_sentiment:topic_labels,sentiment_labels",
-    "words:0.9:common_words:=fewshot",
+    "lookups:0.733:variable*,kv*,passage_count:needle_interview,needle_interview,needle_interview,variable_copies",
+    "summary:0.9:module_summary,open_request,open_request:=lookups",
+    "code:0.85:code_completion:code_second_half,prose_second_half",
+    "prose:0.883:prose_continuation:=code",
+    "fewshot:0.933:fewshot_topic,fewshot_sentiment:topic_labels,sentiment_labels",
+    "words:0.933:common_words:=fewshot",
 )
 EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_completion")
 
@@ -118,7 +118,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--target-lengths", type=int, nargs="+", default=[4096, 8000], help="tokens of them")
     add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
     add("--softness", type=float, default=0.2, help="of the targets around the budget, in ranks")
-    add("--retrieval-weight", type=float, default=3.0, help="what a retrieval prompt counts, another one counts 1")
+    add("--retrieval-weight", type=float, default=6.0, help="what a retrieval prompt counts, another one counts 1")
     add("--fit-steps", type=int, default=800)
     add("--fit-batch", type=int, default=256)
     add("--fit-lr", type=float, default=1e-3)
