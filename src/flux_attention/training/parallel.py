@@ -110,7 +110,7 @@ class Ulysses:
         return slice(self.ranks.place * step, (self.ranks.place + 1) * step)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """`[1, H, T/P, D]` → `[1, H/P, T, D]`, in memory token by token: attention packs tokens, and then need not copy."""
+        """`[1, H, T/P, D]` → `[1, H/P, T, D]`, in memory token by token: attention packs them without a copy."""
         # [P, T/P, H/P, D]: the first axis is the head group, and the stretch of tokens after the exchange.
         parts = x[0].transpose(0, 1).unflatten(1, (self.ranks.shared, -1)).transpose(0, 1)
         return _swapped(parts, self.ranks.group).flatten(0, 1)[None].transpose(1, 2)
