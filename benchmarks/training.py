@@ -107,12 +107,17 @@ def attached(setup: Setup, model: PreTrainedModel, impl: str | None = None) -> F
 def make_pack(setup: Setup, tokens: int, document: int) -> dict[str, Tensor]:
     """Random documents back to back, every token but the first of each learned."""
     lengths = [document] * (tokens // document) if tokens >= 2 * document else [tokens // 2, tokens - tokens // 2]
+    pack = pack_of(torch.randint(0, setup.model.vocab_size, (1, tokens)), lengths)
+    return {name: value.to(setup.device) for name, value in pack.items()}
+
+
+def pack_of(ids: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+    """The tokens `[1, T]` as documents of these lengths, in the form of a `packing.Pack`."""
     count = len(lengths)
-    ids = torch.randint(0, setup.model.vocab_size, (1, tokens))
     weight = torch.cat([torch.full((n,), 1.0 / ((n - 1) * count)) for n in lengths])
     ends = torch.tensor(lengths).cumsum(0) - 1
     weight[ends] = 0.0
-    pack = {
+    return {
         "input_ids": ids,
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "targets": ids.roll(-1, 1),
@@ -121,7 +126,6 @@ def make_pack(setup: Setup, tokens: int, document: int) -> dict[str, Tensor]:
         "prompt_lens": torch.tensor([n - min(ANSWER, n // 2) for n in lengths]),
         "class_index": torch.arange(count) % len(TASK_CLASSES),
     }
-    return {name: value.to(setup.device) for name, value in pack.items()}
 
 
 # ------------------------------------------------------------------------------------------------ check
@@ -158,9 +162,20 @@ def gate_gradient(
     return {"loss": found.detach().double(), "gradient": gates.grad.double()}
 
 
-def checks(setup: Setup, record: Recorder) -> None:
+def few_layers(setup: Setup) -> Qwen3Config:
+    """The model with so few layers that it can be run in float32."""
     shape = {name: value for name, value in setup.model.to_dict().items() if name != "layer_types"}
-    config = type(setup.model)(**{**shape, "num_hidden_layers": CHECK_LAYERS})
+    return type(setup.model)(**{**shape, "num_hidden_layers": CHECK_LAYERS})
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Not `model.to`: it would round the rotary frequencies, too, and hide what is compared."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def checks(setup: Setup, record: Recorder) -> None:
+    config = few_layers(setup)
     torch.manual_seed(1)
     pack = make_pack(setup, CHECK_DOCUMENTS * setup.check_tokens, setup.check_tokens)
     gates = torch.tensor(
@@ -174,9 +189,7 @@ def checks(setup: Setup, record: Recorder) -> None:
         ("ours", setup.dtype, None),
     )
     for name, dtype, impl in runs:
-        # Not `model.to`: it would round the rotary frequencies, too, and hide what is compared.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        cast_weights(model, dtype)
         controller = attached(setup, model, impl)
         ours = name == "ours"
         try:
@@ -205,6 +218,13 @@ def free(setup: Setup) -> None:
         torch.cuda.reset_peak_memory_stats(setup.device)
 
 
+def lock_memory(setup: Setup, tokens: int) -> None:
+    """Locked memory of the host is slow to get and stays with the process: have it as a step before would leave it."""
+    shape = (1, tokens, setup.model.hidden_size)
+    held = [torch.empty(shape, dtype=setup.dtype, pin_memory=True) for _ in range(setup.model.num_hidden_layers)]
+    del held
+
+
 def set_sparsity(controller: FluxAttention, sparsity: float | None) -> None:
     """The router as it starts, or one that gives a share of the layers, evenly spread, to the sparse side."""
     router = controller.router
@@ -230,10 +250,7 @@ def run_steps(setup: Setup, controller: FluxAttention, kind: str, tokens: int, w
     seconds, omega = [], 0.0
     free(setup)
     if setup.offload and not warm_up and setup.device.type == "cuda":
-        # Locked memory of the host is slow to get and stays with the process: as a step before would have left it.
-        shape = (1, tokens, setup.model.hidden_size)
-        held = [torch.empty(shape, dtype=setup.dtype, pin_memory=True) for _ in range(setup.model.num_hidden_layers)]
-        del held
+        lock_memory(setup, tokens)
     with recomputed_layers(controller, offload=setup.offload):
         for number in range(setup.steps + warm_up):
             pack = make_pack(setup, tokens, setup.documents)

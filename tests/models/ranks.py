@@ -1,4 +1,7 @@
-"""What each of several CPU processes runs in the tests of training at scale: `torchrun … ranks.py FOLDER JOB…`."""
+"""What each of several processes runs in the tests of training at scale: `torchrun … ranks.py FOLDER JOB…`.
+
+On CPUs, or with `RANKS_DEVICE=cuda` on a GPU each.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flux_attention.models.attach import attach
+from flux_attention.training.launch import rank_device
 from flux_attention.training.parallel import end_together
 from flux_attention.training.scale import PackTrainer, ScaleConfig
 from tests.models.test_training import make_samples
@@ -26,10 +30,13 @@ PACKS = 2
 STEPS = 10
 
 
-def make_controller(router_input: str = "probe", fuse: bool = False) -> Any:
-    controller = attach(make_model("llama"), replace(CONFIG, router_input=router_input, full_bias=0.5), fuse=fuse)
+def make_controller(router_input: str = "probe", fuse: bool = False, device: torch.device | None = None) -> Any:
+    model = make_model("llama").to(device or torch.device("cpu"))
+    controller = attach(model, replace(CONFIG, router_input=router_input, full_bias=0.5), fuse=fuse)
     torch.manual_seed(5)
-    torch.nn.init.normal_(controller.router.weights[-1], std=0.3)
+    last = controller.router.weights[-1]
+    # Drawn on the CPU: the same on every device.
+    last.data.copy_(torch.nn.init.normal_(torch.empty(last.shape), std=0.3))
     return controller
 
 
@@ -48,7 +55,11 @@ def make_config(**changes: Any) -> ScaleConfig:
 
 def make_trainer(folder: Path, router_input: str = "probe", **changes: Any) -> PackTrainer:
     callbacks = changes.pop("callbacks", ())
-    controller = make_controller(router_input, changes.pop("fuse", False))
+    device = rank_device(os.environ.get("RANKS_DEVICE", "cpu"))
+    controller = make_controller(router_input, changes.pop("fuse", False), device)
+    full_bias = changes.pop("full_bias", None)
+    if full_bias is not None:
+        controller.router.biases[-1].data[:, 1] = full_bias
     if os.environ.get("RANK") == "1":
         # What a rank measured for itself: the first rank's holds.
         controller.router.input_scale.mul_(1.5)
@@ -96,11 +107,14 @@ class FailAt(TrainerCallback):
         if state.global_step != self.step:
             return
         group = dist.new_group() if self.waiting else None
+        if self.waiting:
+            # Connected first, which all ranks do together with NCCL.
+            dist.all_reduce(torch.zeros(1, device=args.device), group=group)
         if args.process_index == 1:
             if self.killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.waiting:
-                dist.all_reduce(torch.zeros(1), group=group, async_op=True)
+                dist.all_reduce(torch.zeros(1, device=args.device), group=group, async_op=True)
             raise RuntimeError("this rank has had enough")
 
 
@@ -122,6 +136,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "ddp": {"accumulation": 1},
     # Fused, as on a GPU: sharding takes that off, sharing rows does not.
     "fsdp": {"accumulation": 1, "shard_backbone": True, "objective": "distill", "fuse": True},
+    # Few documents have a sparse layer: a rank's pack may have none while the other's has one.
+    "fsdp_full": {"accumulation": 1, "shard_backbone": True, "objective": "distill", "fuse": True, "full_bias": 4.0},
     "ulysses": {"sequence_parallel": 2, "fuse": True},
     "ulysses_inline": {"sequence_parallel": 2, "router_input": "inline", "objective": "distill"},
     "fails": {"accumulation": 1, "callbacks": (FailAt(2),)},
@@ -155,6 +171,14 @@ def run(folder: Path, job: str) -> None:
         options["callbacks"] = (Leisurely(folder),)
     runs = folder / ("leisurely" if job == "resumes" else job)
     trainer = make_trainer(runs, options.pop("router_input", "probe"), **options)
+    sparse: list[bool] = []
+    note = trainer._note
+
+    def noted(outputs: Any) -> None:
+        sparse.append(bool(outputs["sparsity"].any()))
+        note(outputs)
+
+    trainer._note = noted  # type: ignore[method-assign]
     weights = {n: p.detach().clone() for n, p in trainer.flux_controller.model.named_parameters()}
     trainer.train(resume_from_checkpoint=job == "resumes")
     assert all(p.grad is None for p in trainer.flux_controller.model.parameters())
@@ -162,6 +186,7 @@ def run(folder: Path, job: str) -> None:
     after = dict(trainer.flux_controller.model.named_parameters())
     found["backbone_same"] = all(torch.equal(_whole(after[n]), _whole(w)) for n, w in weights.items())
     found["shards"] = sum(_local(p).numel() for p in after.values()) / sum(p.numel() for p in after.values())
+    found["sparse"] = sparse
     torch.save(found, folder / f"{job}-{dist.get_rank()}.pt")
 
 

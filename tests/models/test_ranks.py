@@ -61,6 +61,7 @@ def straight(tmp_path_factory):
         ("lm", "probe", {}),
         ("distill", "probe", {"objective": "distill"}),
         ("inline", "inline", {"objective": "distill"}),
+        ("full", "probe", {"objective": "distill", "full_bias": 4.0}),
     ):
         trainer = make_trainer(tmp_path_factory.mktemp(name), router_input, **options)
         trainer.train()
@@ -79,18 +80,22 @@ def assert_same(actual, expected, tolerance):
 
 def test_ranks_train_to_one_processs_numbers(tmp_path, straight):
     """DDP, a backbone sharded by FSDP2, and packs shared by two ranks; probe and inline."""
-    done = launch(tmp_path, "ddp", "fsdp", "ulysses", "ulysses_inline")
+    done = launch(tmp_path, "ddp", "fsdp", "fsdp_full", "ulysses", "ulysses_inline")
     assert done.returncode == 0, done.stderr[-4000:]
     start = dict(make_controller().router.named_parameters())
     moved = max(float((straight["lm"]["parameters"][f"router.{n}"] - p.detach()).abs().max()) for n, p in start.items())
     assert moved > 1e-3  # the updates that are compared are not all but nothing
-    for job, expected in (("ddp", "lm"), ("fsdp", "distill"), ("ulysses", "lm"), ("ulysses_inline", "inline")):
+    jobs = {"ddp": "lm", "fsdp": "distill", "fsdp_full": "full", "ulysses": "lm", "ulysses_inline": "inline"}
+    for job, expected in jobs.items():
         ranks = [torch.load(tmp_path / f"{job}-{rank}.pt") for rank in (0, 1)]
         assert_same(ranks[0], straight[expected], 1e-5)
         for name, value in ranks[0]["parameters"].items():
             assert torch.equal(value, ranks[1]["parameters"][name]), (job, name)
         assert all(rank["backbone_same"] for rank in ranks)
-        assert (ranks[0]["shards"] < 0.75) == (job == "fsdp")
+        assert (ranks[0]["shards"] < 0.75) == job.startswith("fsdp")
+    # One rank had a pack to leave out while the other had none, and both went through the layers.
+    full = [torch.load(tmp_path / f"fsdp_full-{rank}.pt")["sparse"] for rank in (0, 1)]
+    assert any(a != b for a, b in zip(*full, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ class LayerPooling:
         self._controller = controller
         self._side: torch.cuda.Stream | None = None
         self._arrivals: Tensor | None = None
+        #: False: everything on the layer's own stream.
+        self.beside = True
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of a routable attention module: pool what its queries will be, before it begins."""
@@ -127,7 +129,7 @@ class LayerPooling:
     @contextmanager
     def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
         """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own."""
-        if not tokens.is_cuda:
+        if not (tokens.is_cuda and self.beside):
             yield
             return
         if self._side is None:

@@ -65,6 +65,8 @@ class PackedObjective(AnswerObjective):
         exchange: of the ranks that share a row.
         skip_full: leave documents whose gates are all full out of the passes of `distill`. They are the dense model:
             their KL is 0, and so is its gradient. Needs gates that are known beforehand, so a probe.
+        always_passes: where that would leave out all of a pack's documents, run the passes with the shortest. Ranks
+            that gather the layers' weights from each other have to pass through them equally often.
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class PackedObjective(AnswerObjective):
         multiplier_start: float = 0.25,
         exchange: Ulysses | None = None,
         skip_full: bool = True,
+        always_passes: bool = False,
     ) -> None:
         super().__init__(controller, loss, targets, noise=noise, multiplier_start=multiplier_start)
-        self.exchange, self.skip_full = exchange, skip_full
+        self.exchange, self.skip_full, self.always_passes = exchange, skip_full, always_passes
         #: Where the trainer collects decisions, to see when they settle; None = nowhere.
         self.window: RouteWindow | None = None
 
@@ -120,8 +123,9 @@ class PackedObjective(AnswerObjective):
             assert soft.forced_full is not None
             soft.gates = soft.forced
             sparse = [s for s in range(len(row.counts)) if not all(layer[s] for layer in soft.forced_full)]
-            if not sparse:
+            if not sparse and not self.always_passes:
                 return row.token_weight.new_zeros(())
+            sparse = sparse or [min(range(len(row.counts)), key=row.counts.__getitem__)]
             if len(sparse) < len(row.counts):
                 row = row.only(sparse, 1 if self.exchange is None else self.exchange.ranks.shared)
                 soft = replace(

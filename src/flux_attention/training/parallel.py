@@ -110,11 +110,10 @@ class Ulysses:
         return slice(self.ranks.place * step, (self.ranks.place + 1) * step)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """`[1, H, T/P, D]` → `[1, H/P, T, D]`."""
-        tokens, dim = x.shape[2:]
-        parts = x.reshape(self.ranks.shared, -1, tokens, dim)
-        # [P, H/P, T/P, D]: the first axis was the head group, and is the stretch of tokens after the exchange.
-        return _swapped(parts, self.ranks.group).transpose(0, 1).reshape(1, -1, tokens * self.ranks.shared, dim)
+        """`[1, H, T/P, D]` → `[1, H/P, T, D]`, in memory token by token: attention packs them without a copy."""
+        # [P, T/P, H/P, D]: the first axis is the head group, and the stretch of tokens after the exchange.
+        parts = x[0].transpose(0, 1).unflatten(1, (self.ranks.shared, -1)).transpose(0, 1)
+        return _swapped(parts, self.ranks.group).flatten(0, 1)[None].transpose(1, 2)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """`[1, T, H/P, D]` → `[1, T/P, H, D]`."""
@@ -231,7 +230,8 @@ def _started() -> bool:
 def shard_backbone(controller: FluxAttention) -> None:
     """Shard the frozen decoder layers over all ranks (FSDP2): each gathers a layer's weights while it runs.
 
-    Embedding and output layer stay whole. For good: a sharded model trains and is then thrown away.
+    Embedding and output layer stay whole, and so do norms and biases. For good: a sharded model trains and is then
+    thrown away.
 
     Raises:
         RuntimeError: torch.distributed is not started.
@@ -241,10 +241,15 @@ def shard_backbone(controller: FluxAttention) -> None:
 
     if not _started():
         raise RuntimeError("shard_backbone needs torch.distributed: start with torchrun or accelerate launch")
-    if controller.fusion is not None:
-        # Fused layers hold the norms' weights as they were before they are sharded.
-        controller.fusion.remove()
-        controller.fusion = None
+    # A layer's weights go back once its own stream is done with them: no other stream may still read them.
+    controller.pooling.beside = False
     mesh = init_device_mesh(controller.device.type, (dist.get_world_size(),))
-    for layer in controller.decoder.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    decoder = controller.decoder
+    for layer in decoder.layers:
+        # Vectors are nothing beside the matrices, and fused layers hold the norms' weights as they are now.
+        vectors = {p for p in layer.parameters() if p.ndim == 1}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=vectors)
+    # Layers under one root share their streams: a layer is gathered while the one before it runs, and never more than
+    # two at a time. Each a root of its own would wait for that one, and keep memory for its streams alone.
+    whole = set(decoder.parameters()).difference(decoder.layers.parameters())
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)

@@ -190,6 +190,7 @@ class PackTrainer(RouterTrainer):
             noise=config.gumbel_noise,
             multiplier_start=config.multiplier_start,
             exchange=exchange,
+            always_passes=config.shard_backbone,
         )
         if config.settle_steps:
             objective.window = RouteWindow(len(controller.layers))

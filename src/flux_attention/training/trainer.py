@@ -206,6 +206,8 @@ class RouterTrainer(Trainer):
         arguments = config.arguments(output_dir, device=device, report_to=report_to, progress=progress)
         # Asking for the device starts torch.distributed where a launcher wants it.
         taken = arguments.device
+        # A process without a launcher sees every GPU of the host, and the Trainer would cut each batch into as many.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         if taken.type != device.type or (None not in (taken.index, device.index) and taken.index != device.index):
             raise ValueError(f"the backbone is on {device}, training runs on {taken}: move the model before attaching")
         objective, collate = self._objective_of(controller, config)
