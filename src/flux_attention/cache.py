@@ -1,9 +1,9 @@
 """Paged KV cache that follows the route.
 
-All routable layers of a device share one `PagePool`. A layer that keeps its history (full, triangle, XAttention) holds a
-page per `page_tokens` tokens; a streaming layer holds the sinks and the window and gives every other page back, while
-prefilling and while generating. Cached keys carry their absolute rotary positions and softmax ignores key order, so
-the pages of a streaming row can stand side by side: its page table is *compacted*, and stock paged kernels serve it.
+All routable layers of a device share one `PagePool`. A layer that keeps its whole history (full, triangle, XAttention)
+holds a page per `page_tokens` tokens; a streaming layer holds the sinks and the window and gives every other page back,
+while prefilling and while generating. Cached keys carry their absolute rotary positions and softmax ignores key order,
+so the pages of a streaming row can stand side by side: its page table is *compacted*, and stock paged kernels serve it.
 
 Shapes: `L` routable layers, `B` rows, `page` tokens of a page (= `block_tokens`), `Hk` key/value heads, `D` head dim.
 """

@@ -64,9 +64,15 @@ def test_layers_on_two_gpus(folder, whole):
 
 
 def test_a_model_on_the_second_gpu(folder, whole):
-    """Kernels, graphs and events on a device that is not the current one."""
+    """Kernels, graphs and events of a device that is not the current one."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().to("cuda:1")
-    assert_same(outcomes(model, folder), whole, 1e-3)
+    with torch.cuda.device(1):
+        assert_same(outcomes(model, folder), whole, 1e-3)
+    model.generation_config.eos_token_id = None
+    controller = attach(model, str(folder / "probe"))
+    found = generate(model, the_prompts(controller.device), max_new_tokens=40)
+    assert found.tokens == whole["probe_routed"]
+    detach(model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

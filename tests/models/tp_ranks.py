@@ -1,6 +1,7 @@
-"""What each rank of a split model runs in the tests of `generate`: `torchrun … tp_ranks.py FOLDER DEVICE DTYPE`.
+"""What each rank of a split model runs in the tests of `generate`: `torchrun … tp_ranks.py FOLDER DTYPE`.
 
-The folder holds the model and, by router input, its adapters, as `make_folder` leaves them. Each rank leaves `found-RANK.pt`.
+The folder holds the model and, by router input, its adapters, as `make_folder` leaves them. Each rank leaves
+`found-RANK.pt` there.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def load_split(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def main() -> None:
     folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
     faulthandler.dump_traceback_later(200, exit=True)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     found = outcomes(load_split(folder / "model", dtype), folder)
     torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
     torch.distributed.barrier()
