@@ -128,6 +128,7 @@ class Recorder:
     folder: Path | None
     commit: str | None = None
     prefix: str = ""
+    suffix: str = ""
     figures: dict[str, Figure] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -140,7 +141,7 @@ class Recorder:
         interval: tuple[float, float] | None = None,
     ) -> None:
         """`interval`: the bounds of the value's 95 % interval."""
-        name = self.prefix + name
+        name = self.prefix + name + self.suffix
         low, high = interval or (None, None)
         figure = Figure(name, float(value), unit, low=low, high=high, repetitions=tuple(repetitions))
         self.figures[name] = figure

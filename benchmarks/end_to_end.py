@@ -127,7 +127,10 @@ def new_cache(setup: Setup, route: Route, tokens: int, pool: PagePool | None = N
     cache = setup.controller.new_cache(max_row_tokens=tokens)
     cache.set_route(route)
     rows = route.num_sequences
-    cache.pool = pool or generation._exact_pool(setup.controller, cache, route, [tokens] * rows)
+    if pool is None:
+        cache.use_pools(generation._exact_pools(setup.controller, route, [tokens] * rows))
+    else:
+        cache.pool = pool
     return cache
 
 

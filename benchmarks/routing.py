@@ -327,7 +327,5 @@ def bias_layers(router: LayerRouter) -> None:
 
 
 def dense_pool(setup: Setup, controller: FluxAttention, tokens: int) -> PagePool:
-    cache = controller.new_cache(max_row_tokens=tokens)
-    route = setup.route(0.0)
-    cache.set_route(route)
-    return generation._exact_pool(controller, cache, route, [tokens])
+    (pool,) = generation._exact_pools(controller, setup.route(0.0), [tokens]).values()
+    return pool

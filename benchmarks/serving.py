@@ -3,12 +3,16 @@
     python benchmarks/serving.py                       SmolLM2 and a tiny model on the processor
     python benchmarks/serving.py --gpu --seconds 270   shapes of Qwen3-8B with random weights
     python benchmarks/serving.py --gpu --loads 32768x16,131072x2    other loads alone, in a file of theirs
+    python benchmarks/serving.py --gpu --tensor-parallel 2          the same over two GPUs, in a file of its own
 
 On a GPU a small model comes first, and is compared with float32: without that no speed is measured. Speed is that of
 one engine, which answers the same prompts routed and forced dense, request by request. Three quarters of the layers run
 sparse, whole KV groups of them: what is fixed here is the route, so that the figures are about the engine. The figures
 that matter most come first, and each is on the disk as soon as it is known: a run that is cut off keeps what it has,
 and names the loads that it had no time for. `--shape` and `--long` make a rehearsal of it that a processor can run.
+
+Over two GPUs the check and the speeds run tensor parallel, after the ranks were asked for their own scores and routes:
+they must be equal, bit for bit. Figures of such a run end in `_tp2`.
 """
 
 from __future__ import annotations
@@ -42,6 +46,17 @@ Q75 = tuple(layer for layer in range(36) if layer % 4 != 3)
 SPARSE75 = "static:" + ",".join(map(str, Q75))
 # Neither has a part in these models, and both may be installed in halves.
 GPU_ENVIRONMENT = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+# Ranks exchange through plain NCCL. NVLink multicast, which the other ways try to set up, is not there on every virtual
+# machine with NVLink, and a failure to set it up may be a hang. Fork is no way to start ranks from a process that may
+# have looked for a device.
+PARALLEL_ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_USE_NCCL_SYMM_MEM": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+WORKER = "serving_worker.MeasuredWorker"
 UNCOMPILED = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 BUNDLES = [*[list(Q75[i::3]) for i in range(3)], [layer for layer in range(36) if layer % 4 == 3]]
 
@@ -212,6 +227,43 @@ def big_model(folder: Path, context: int, **shape: int) -> tuple[Path, Path]:
     return backbone, adapter
 
 
+def parallel(ranks: int) -> dict[str, Any]:
+    """vLLM's arguments for an engine of `ranks` ranks."""
+    if ranks == 1:
+        return {}
+    return {
+        "tensor_parallel_size": ranks,
+        "distributed_executor_backend": "mp",
+        # It sets up multicast memory whenever it can, whatever the environment says.
+        "disable_custom_all_reduce": True,
+    }
+
+
+def ranks_agree(llm: Any, pool_tokens: int, vocabulary: int) -> int:
+    """Compare what the ranks of an engine decide and were told; returns the number of decisions (layers of requests).
+
+    A rank's scores are its own: all-reduced pooled queries through its own copy of the router. Only the first rank's
+    reach the scheduler, whose route goes to all ranks.
+
+    Raises:
+        RuntimeError: two ranks differ in a bit of a score, or in a route.
+    """
+    rng, compared = random.Random(1), 0
+    # One probe of each kind: replayed as it is, replayed with rows left over, and of other shapes, which is eager.
+    for lengths in ([2 * pool_tokens], [2 * pool_tokens] * 3, [pool_tokens + 1, 2 * pool_tokens]):
+        ends = [rng.choices(range(3, vocabulary), k=length) for length in lengths]
+        first, *others = llm.collective_rpc("rank_scores", args=(ends,))
+        compared += sum(map(len, first))
+        if not (first and all(math.isfinite(p) for scores in first for p in scores)):
+            raise RuntimeError("scores of a probe are not finite")
+        if any(scores != first for scores in others):
+            raise RuntimeError(f"the ranks score {len(ends)} prompts differently")
+    first, *others = llm.collective_rpc("rank_routes")
+    if any(routes != first for routes in others):
+        raise RuntimeError("the ranks were told different routes")
+    return compared + sum(map(len, first.values()))
+
+
 class Speed:
     """One engine, and what it answers in which time.
 
@@ -257,19 +309,20 @@ class Speed:
         }
         ahead = not on_cpu and not settings["synchronous"]
         arguments |= engine_arguments(str(adapter), on_cpu=on_cpu, asynchronous=ahead, flux={"kv_bundle": BUNDLES})
+        arguments |= {"worker_cls": WORKER} | parallel(settings["tensor_parallel"])
         if not on_cpu:
             arguments["async_scheduling"] = ahead
         # Compiling takes a minute of the device and helps both ways alike; decode runs in full graphs all the same.
         graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]} | ({} if settings["compile"] else UNCOMPILED)
         say("starting the engine")
-        skip_foreign_warm_up()
         self.llm = LLM(str(model), compilation_config=graphs, **arguments)
         state = scheduler(self.llm)
         groups = len(state.kv_cache_config.kv_cache_groups)
         self.pool = state.kv_cache_manager.block_pool.num_gpu_blocks * 128 // groups
+        self._pool_tokens = state.flux.config.pool_tokens
         recorder.note("engine_start_s", round(time.perf_counter() - self._started, 1))
         recorder.note("kv_pool_dense_tokens", self.pool)
-        recorder.note("probe_graphs", probe_graphs(self.llm))
+        recorder.note("probe_graphs", self.llm.collective_rpc("rank_graphs")[0])
         if not (on_cpu or recorder.details["probe_graphs"]):
             say("the probe is no CUDA graph and runs eagerly: the log says why")
 
@@ -317,6 +370,12 @@ class Speed:
         """Kernels are compiled, loaded or chosen when they first run: two chunks, and decode after them."""
         for way in ("dense", "sparse75", "probed75"):
             self.load(way, self.short + self.recorder.settings["chunk"], 1, 8)
+
+    def compare_ranks(self) -> None:
+        """See `ranks_agree`; nothing to do for one rank."""
+        if self.recorder.settings["tensor_parallel"] > 1:
+            decisions = ranks_agree(self.llm, self._pool_tokens, self._vocabulary)
+            self.recorder.note("decisions_alike", self.recorder.details.get("decisions_alike", 0) + decisions)
 
     def overhead(self, seconds: float = 35, tokens: int = 32) -> None:
         """Prompts that are too short for any key to be dropped: what routing costs where it cannot gain.
@@ -406,11 +465,22 @@ class Speed:
     def run(self, loads: Sequence[tuple[int, int]] | None) -> None:
         """`loads` alone, or everything, the wanted figures first; what is left out is named in the results."""
         self.warm_up()
+        self.compare_ranks()
         if loads is not None:
             self.left_out = set(loads)
             self.run_loads(loads)
+            self.compare_ranks()
             return
         middle = self.long // 4
+        if self.recorder.settings["tensor_parallel"] > 1:
+            wanted = [(self.long, 1), (self.long, 4), (middle, 16), (middle, 1)]
+            self.left_out = set(wanted)
+            self.run_loads(wanted)
+            self.compare_ranks()
+            self.probe()
+            self.overhead()
+            say("done")
+            return
         self.left_out = {(length, count) for length in (middle, self.long) for count in (1, 4, 16)}
         self.run_loads([(self.long, 1)])
         self.overhead()
@@ -422,24 +492,6 @@ class Speed:
         say("done")
 
 
-def probe_graphs(llm: Any) -> list[int]:
-    """Numbers of prompts whose probes are captured; none on a processor."""
-    return [rows for rows, _ in llm.llm_engine.model_executor.driver_worker.worker._probe._replays]
-
-
-def skip_foreign_warm_up() -> None:
-    """Have vLLM start without what it warms up on GPUs.
-
-    All of it is kernels of other models. It imports packages that a text model needs nowhere else (torchvision), and
-    compiles for minutes where CUTLASS is installed.
-    """
-    if not torch.cuda.is_available():
-        return
-    from vllm.v1.worker import gpu_worker
-
-    gpu_worker.kernel_warmup = lambda worker: None
-
-
 _BEGAN = time.perf_counter()
 
 
@@ -447,8 +499,11 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - _BEGAN:6.1f} s] {text}", flush=True)
 
 
-def gpu_check(folder: Path) -> dict[str, float]:
-    """A small model on the GPU's kernels and graphs: routed requests may err as much as dense ones, against float32."""
+def gpu_check(folder: Path, ranks: int) -> dict[str, float]:
+    """A small model on the GPU's kernels and graphs: routed requests may err as much as dense ones, against float32.
+
+    With `ranks` > 1 a tensor parallel engine, whose ranks must decide alike.
+    """
     reference = harness.tiny(
         "qwen3",
         folder,
@@ -456,7 +511,6 @@ def gpu_check(folder: Path) -> dict[str, float]:
         config=replace(harness.TINY_CONFIG, sink_tokens=128, window_tokens=128, block_tokens=128),
     )
     ids = random_ids(4000)
-    skip_foreign_warm_up()
     with Engines() as engines:
         llm = engines.start(
             reference,
@@ -470,10 +524,15 @@ def gpu_check(folder: Path) -> dict[str, float]:
             # Next to nothing: another engine follows in this process.
             kv_cache_memory_bytes=256 << 20,
             gpu_memory_utilization=0.1,
+            worker_cls=WORKER,
+            **parallel(ranks),
         )
         lengths = (500, 96, 700, 300, 97, 640, 333, 257) * 2
         asks = mixed_asks(reference, ids, lengths, tokens=150)
         outputs = generate(llm, asks)
+        say(f"{len(outputs)} requests answered; probes captured for {llm.collective_rpc('rank_graphs')} prompts")
+        if ranks > 1:
+            say(f"{ranks_agree(llm, reference.controller.config.pool_tokens, 259)} decisions are alike on all ranks")
         found: dict[str, list[Tensor]] = {"dense": [], "sparse": [], "mask": []}
         for ask, output in zip(asks, outputs, strict=True):
             tokens = list(output.outputs[0].token_ids)
@@ -497,7 +556,7 @@ def gpu_check(folder: Path) -> dict[str, float]:
 def check(recorder: Recorder) -> None:
     """`gpu_check`, beside the figures that rest on it."""
     with tempfile.TemporaryDirectory() as folder:
-        errors = gpu_check(Path(folder))
+        errors = gpu_check(Path(folder), recorder.settings["tensor_parallel"])
     # Its engine's last references; the next one is to have the device.
     gc.collect()
     for name, value in errors.items():
@@ -509,12 +568,14 @@ def gpu(options: argparse.Namespace, version: str) -> int:
     until = time.perf_counter() + options.seconds
     # Beyond its own clock: it may hang where it does not look at it.
     faulthandler.dump_traceback_later(options.seconds + 5, exit=True)
-    os.environ.update(GPU_ENVIRONMENT)
-    names = ("short", "long", "chunk", "memory", "compile", "synchronous", "tokens", "loads")
+    ranks = options.tensor_parallel
+    os.environ.update(GPU_ENVIRONMENT | (PARALLEL_ENVIRONMENT if ranks > 1 else {}))
+    names = ("short", "long", "chunk", "memory", "compile", "synchronous", "tokens", "loads", "tensor_parallel")
     settings = {"vllm": version, "shape": json.loads(options.shape)} | {name: getattr(options, name) for name in names}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    program = "serving-gpu" if options.loads is None else "serving-gpu-loads"
-    recorder = Recorder(program, device, settings, options.out, options.commit)
+    suffix = f"_tp{ranks}" if ranks > 1 else ""
+    program = "serving-gpu" + suffix.replace("_", "-") + ("" if options.loads is None else "-loads")
+    recorder = Recorder(program, device, settings, options.out, options.commit, suffix=suffix)
 
     def speed(recorder: Recorder) -> None:
         Speed(settings, recorder, until).run(options.loads)
@@ -547,6 +608,7 @@ def main() -> int:
     parser.add_argument(
         "--loads", type=parse_loads, help="with --gpu: these alone, as 32768x16,131072x4, in this order"
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, choices=(1, 2), help="with --gpu: GPUs of one engine")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill step")
     parser.add_argument("--memory", type=float, default=0.92, help="share of the device that the engine takes")
     parser.add_argument("--compile", action="store_true", help="compile the model, as vLLM does by itself")
@@ -557,6 +619,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.gpu and options.sections not in (None, "check"):
         parser.error("--gpu runs everything, or --sections check: no speed without the check")
+    if options.tensor_parallel > 1 and not options.gpu:
+        parser.error("--tensor-parallel goes with --gpu; without it, tests/serving/test_parallel.py compares ranks")
     from flux_attention.serving.compat import check_version
 
     version = check_version()

@@ -1,9 +1,9 @@
 """Paged KV cache that follows the route.
 
-All routable layers share one `PagePool`. A layer that keeps its whole history (full, triangle, XAttention) holds a
-page per `page_tokens` tokens; a streaming layer holds the sinks and the window and gives every other page back, while
-prefilling and while generating. Cached keys carry their absolute rotary positions and softmax ignores key order, so
-the pages of a streaming row can stand side by side: its page table is *compacted*, and stock paged kernels serve it.
+All routable layers of a device share one `PagePool`. A layer that keeps its whole history (full, triangle, XAttention)
+holds a page per `page_tokens` tokens; a streaming layer holds the sinks and the window and gives every other page back,
+while prefilling and while generating. Cached keys carry their absolute rotary positions and softmax ignores key order,
+so the pages of a streaming row can stand side by side: its page table is *compacted*, and stock paged kernels serve it.
 
 Shapes: `L` routable layers, `B` rows, `page` tokens of a page (= `block_tokens`), `Hk` key/value heads, `D` head dim.
 """
@@ -30,7 +30,7 @@ class PoolExhaustedError(RuntimeError):
 
 
 class PagePool:
-    """Pages of keys and values, shared by every layer and row.
+    """Pages of keys and values, shared by every row and by every layer of its device.
 
     Args:
         page_tokens: tokens of a page.
@@ -113,6 +113,19 @@ class MemoryReport:
     @property
     def share(self) -> float:
         return self.held / self.dense if self.dense else 1.0
+
+
+@dataclass
+class Tables:
+    """What decode kernels read, on one device.
+
+    Attributes:
+        pages: int32 `[L, B, max_pages]`, each layer's compacted page table.
+        counts: int32 `[L, B]`, keys each layer holds, in the order of its table.
+    """
+
+    pages: Tensor
+    counts: Tensor
 
 
 def append_token(
@@ -198,6 +211,10 @@ class FluxCache(Cache):
         sliding_window: of those sliding layers.
         pool: pages to live in; None makes one that grows.
         max_row_tokens: longest row the page tables are made for; None grows them.
+        devices: of each routable layer, where a model lies on several; None = one device.
+
+    Raises:
+        ValueError: a `pool` for layers on several devices: it lies on one.
     """
 
     def __init__(
@@ -210,6 +227,7 @@ class FluxCache(Cache):
         sliding_window: int | None = None,
         pool: PagePool | None = None,
         max_row_tokens: int | None = None,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         layers: list[CacheLayerMixin] = []
         for index in range(num_layers):
@@ -222,7 +240,13 @@ class FluxCache(Cache):
         super().__init__(layers=layers)
         self.flux_config = config
         self.num_routable = len(routable_layers)
+        self._devices = tuple(devices) if devices is not None and len(set(devices)) > 1 else None
+        if self._devices is not None and pool is not None:
+            raise ValueError("the layers lie on several devices: a pool lies on one, so pass none")
         self.pool = pool
+        """Of the first routable layer's device."""
+        self._pools: dict[torch.device, PagePool] = {}
+        """By device, where there are several."""
         self.page_tokens = config.block_tokens
         self._max_row_tokens = max_row_tokens
         self._forget()
@@ -237,10 +261,8 @@ class FluxCache(Cache):
         self._published: list[list[list[int]]] = []
         """The pages of each layer and row as the device's table has them."""
         self._dropped: list[list[int]] = []
-        self.page_table = torch.zeros(0, dtype=torch.int32)
-        """int32 `[L, B, max_pages]` on the pool's device: each layer's compacted page table."""
-        self.key_counts = torch.zeros(0, dtype=torch.int32)
-        """int32 `[L, B]` on the pool's device: keys each layer holds, in the order of its table."""
+        self._tables: dict[torch.device, Tables] = {}
+        """By device: all layers' on each, they are small."""
 
     # ---------------------------------------------------------------- life of a row
 
@@ -252,21 +274,54 @@ class FluxCache(Cache):
     def num_rows(self) -> int:
         return len(self.lengths)
 
+    @property
+    def page_table(self) -> Tensor:
+        """The first device's `Tables.pages`."""
+        return next(iter(self._tables.values())).pages
+
+    @property
+    def key_counts(self) -> Tensor:
+        """The first device's `Tables.counts`."""
+        return next(iter(self._tables.values())).counts
+
+    def pool_of(self, layer: int) -> PagePool:
+        """The pages of a routable layer."""
+        pool = self.pool if self._devices is None else self._pools[self._devices[layer]]
+        assert pool is not None
+        return pool
+
+    def tables_of(self, layer: int) -> Tables:
+        """The tables on a routable layer's device."""
+        return next(iter(self._tables.values())) if self._devices is None else self._tables[self._devices[layer]]
+
+    def use_pools(self, pools: dict[torch.device, PagePool]) -> None:
+        """Live in these pools, one for each device that a routable layer lies on."""
+        if self._devices is not None:
+            self._pools = pools
+        self.pool = next(iter(pools.values())) if self._devices is None else pools[self._devices[0]]
+
+    @property
+    def _every_pool(self) -> list[PagePool]:
+        return list(self._pools.values()) if self._pools else [] if self.pool is None else [self.pool]
+
     def begin(self, rows: int, route: Route, num_kv_heads: int, head_dim: int, like: Tensor) -> None:
         """Set up `rows` empty rows under `route`; `like` gives dtype and device of the keys."""
         if not self.is_empty or self.lengths:
             raise RuntimeError("this cache already holds rows; make a new one or clear() it")
         if self.pool is None:
-            self.pool = PagePool(self.page_tokens, num_kv_heads, head_dim, like.dtype, like.device)
+            every = [like.device] if self._devices is None else dict.fromkeys(self._devices)
+            shape = self.page_tokens, num_kv_heads, head_dim
+            self.use_pools({device: PagePool(*shape, like.dtype, device) for device in every})
+        assert self.pool is not None
         self.set_route(route)
         self.lengths = [0] * rows
         self._pages = [[[] for _ in range(rows)] for _ in range(self.num_routable)]
         self._published = [[[] for _ in range(rows)] for _ in range(self.num_routable)]
         self._dropped = [[0] * rows for _ in range(self.num_routable)]
         width = 1 if self._max_row_tokens is None else -(-self._max_row_tokens // self.page_tokens)
-        device = self.pool.keys.device
-        self.page_table = torch.zeros(self.num_routable, rows, width, dtype=torch.int32, device=device)
-        self.key_counts = torch.zeros(self.num_routable, rows, dtype=torch.int32, device=device)
+        for device in dict.fromkeys(self._devices or (self.pool.keys.device,)):
+            pages = torch.zeros(self.num_routable, rows, width, dtype=torch.int32, device=device)
+            self._tables[device] = Tables(pages, torch.zeros_like(pages[..., 0]))
 
     def set_route(self, route: Route) -> None:
         self.route = route
@@ -279,9 +334,9 @@ class FluxCache(Cache):
     def clear(self) -> None:
         """Give every page back and forget the rows and their route."""
         if self.pool is not None:
-            for rows in self._pages:
+            for layer_index, rows in enumerate(self._pages):
                 for pages in rows:
-                    self.pool.release(pages)
+                    self.pool_of(layer_index).release(pages)
         for layer in self.layers:
             if not isinstance(layer, _RoutedLayer):
                 layer.reset()
@@ -314,22 +369,24 @@ class FluxCache(Cache):
 
     def reserve(self, tokens: Sequence[int]) -> None:
         """Check that `tokens[row]` more tokens fit, before any work; else `PoolExhaustedError`, and nothing changed."""
-        if self.pool is not None and self.pool.max_pages is not None:
+        for pool in self._every_pool:
+            if pool.max_pages is None:
+                continue
             need = sum(
                 max(0, self.pages_needed(layer, row, n) - len(self._pages[layer][row]))
                 for layer in range(self.num_routable)
+                if self.pool_of(layer) is pool
                 for row, n in enumerate(tokens)
             )
-            self.pool.require(need)
+            pool.require(need)
 
     # ---------------------------------------------------------------- prefill
 
     def gather(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """This row's cached keys and values in table order, `[n, Hk, D]` each."""
-        assert self.pool is not None
-        held = self.keys_held(layer, row)
-        pages = self._upload(self._pages[layer][row], torch.long)
-        keys, values = self.pool.keys[pages], self.pool.values[pages]
+        held, pool = self.keys_held(layer, row), self.pool_of(layer)
+        pages = _upload(self._pages[layer][row], torch.long, pool.keys.device)
+        keys, values = pool.keys[pages], pool.values[pages]
         return keys.flatten(0, 1)[:held], values.flatten(0, 1)[:held]
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
@@ -337,8 +394,7 @@ class FluxCache(Cache):
 
         `lengths` moves on in `advance`, after all layers; a layer written twice before that is overwritten.
         """
-        assert self.pool is not None
-        page, start = self.page_tokens, self.lengths[row]
+        pool, page, start = self.pool_of(layer), self.page_tokens, self.lengths[row]
         end = start + keys.shape[0]
         pages = self._pages[layer][row]
         dropped = self._dropped[layer][row]
@@ -352,35 +408,33 @@ class FluxCache(Cache):
             spans = [(start, end)]
         total = -(-end // page) - dropped
         if total > len(pages):
-            pages.extend(self.pool.allocate(total - len(pages)))
+            pages.extend(pool.allocate(total - len(pages)))
         for first, last in spans:
             if first >= last:
                 continue
-            slots = self._slots(pages, first, last, sinks, dropped)
-            self.pool.keys.flatten(0, 1)[slots] = keys[first - start : last - start]
-            self.pool.values.flatten(0, 1)[slots] = values[first - start : last - start]
+            slots = self._slots(pages, first, last, sinks, dropped, pool.keys.device)
+            pool.keys.flatten(0, 1)[slots] = keys[first - start : last - start]
+            pool.values.flatten(0, 1)[slots] = values[first - start : last - start]
         lengths = self.lengths.copy()
         lengths[row] = end
         self._publish([(layer, row)], lengths)
 
     def _drop_before(self, layer: int, row: int, kept_from: int) -> int:
         """Give back the pages between the sinks and position `kept_from`; returns the pages this row has dropped."""
-        assert self.pool is not None
         pages, first = self._pages[layer][row], self.flux_config.sink_tokens // self.page_tokens
         drop_to = (kept_from - self.flux_config.sink_tokens) // self.page_tokens
         # A chunk longer than the window drops positions that were never stored: fewer pages go than positions.
         gone = pages[first : first + drop_to - self._dropped[layer][row]]
         del pages[first : first + len(gone)]
-        self.pool.release(gone)
+        self.pool_of(layer).release(gone)
         self._dropped[layer][row] = drop_to
         return drop_to
 
-    def _slots(self, pages: list[int], first: int, last: int, sinks: int, dropped: int) -> Tensor:
+    def _slots(self, pages: list[int], first: int, last: int, sinks: int, dropped: int, device: torch.device) -> Tensor:
         """Flat slots of positions `first … last` (all on one side of the gap)."""
-        assert self.pool is not None
-        device, page = self.pool.keys.device, self.page_tokens
+        page = self.page_tokens
         shift = dropped * page if first >= sinks else 0
-        ids = self._upload(pages, torch.long)
+        ids = _upload(pages, torch.long, device)
         position = torch.arange(first - shift, last - shift, device=device)
         return ids[position // page] * page + position % page
 
@@ -391,9 +445,10 @@ class FluxCache(Cache):
         """
         widest = max(len(self._pages[layer][row]) for layer, row in changed)
         if widest > self.page_table.shape[2]:
-            wider = self.page_table.new_zeros(*self.page_table.shape[:2], widest + widest // 4 + 1)
-            wider[..., : self.page_table.shape[2]] = self.page_table
-            self.page_table = wider
+            for tables in self._tables.values():
+                wider = tables.pages.new_zeros(*tables.pages.shape[:2], widest + widest // 4 + 1)
+                wider[..., : tables.pages.shape[2]] = tables.pages
+                tables.pages = wider
         rows, width = self.page_table.shape[1:]
         slots: list[int] = []
         pages: list[int] = []
@@ -407,16 +462,11 @@ class FluxCache(Cache):
             pages += held[same:]
             counts.append(lengths[row] - self._dropped[layer][row] * self.page_tokens)
             self._published[layer][row] = held.copy()
-        if slots:
-            self.page_table.view(-1)[self._upload(slots, torch.long)] = self._upload(pages, torch.int32)
-        at = self._upload([layer * rows + row for layer, row in changed], torch.long)
-        self.key_counts.view(-1)[at] = self._upload(counts, torch.int32)
-
-    def _upload(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Integers on the pool's device. From pinned memory: any other copy would wait for all work before it."""
-        device = self.page_table.device
-        found = torch.tensor(values, dtype=dtype)
-        return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+        at = [layer * rows + row for layer, row in changed]
+        for device, tables in self._tables.items():
+            if slots:
+                tables.pages.view(-1)[_upload(slots, torch.long, device)] = _upload(pages, torch.int32, device)
+            tables.counts.view(-1)[_upload(at, torch.long, device)] = _upload(counts, torch.int32, device)
 
     # ---------------------------------------------------------------- decode
 
@@ -425,7 +475,6 @@ class FluxCache(Cache):
 
         Touches the device only for the rows that begin a page, so most steps cost nothing.
         """
-        assert self.pool is not None
         page = self.page_tokens
         starting = [row for row, length in enumerate(self.lengths) if length % page == 0]
         if not starting:
@@ -437,12 +486,12 @@ class FluxCache(Cache):
                 if self.drops_keys(layer, row):
                     self._drop_before(layer, row, self._kept_from(length))
                 if len(pages) * page <= length - self._dropped[layer][row] * page:
-                    pages.extend(self.pool.allocate(1))
+                    pages.extend(self.pool_of(layer).allocate(1))
         self._publish([(layer, row) for layer in range(self.num_routable) for row in starting], self.lengths)
 
     def decode_table(self, layer: int) -> Tensor:
         """This layer's page table, int32 `[B, pages]`, as wide as its longest row can need."""
-        return self.page_table[layer][:, : self._width(layer)]
+        return self.tables_of(layer).pages[layer][:, : self._width(layer)]
 
     def _width(self, layer: int) -> int:
         """Pages that the longest row of this layer can hold: a layer that is sparse in every row needs few."""
@@ -456,7 +505,8 @@ class FluxCache(Cache):
         self.seen_tokens += columns
         self.lengths = [length + n for length, n in zip(self.lengths, tokens, strict=True)]
         if decoded:
-            self.key_counts += 1
+            for tables in self._tables.values():
+                tables.counts += 1
 
     # ---------------------------------------------------------------- what transformers asks for
 
@@ -471,31 +521,34 @@ class FluxCache(Cache):
                 layer.batch_select_indices(indices) if hasattr(layer, "batch_select_indices") else None
         if self.pool is None or self.route is None:
             return
-        copies = sum(len(rows[s]) for rows in self._pages for i, s in enumerate(source) if s in source[:i])
-        self.pool.require(copies)
+        again = [s for i, s in enumerate(source) if s in source[:i]]
+        for pool in self._every_pool:
+            of_pool = [rows for layer, rows in enumerate(self._pages) if self.pool_of(layer) is pool]
+            pool.require(sum(len(rows[s]) for rows in of_pool for s in again))
         lengths = [self.lengths[s] for s in source]
-        for rows, dropped in zip(self._pages, self._dropped, strict=True):
+        for layer_index, (rows, dropped) in enumerate(zip(self._pages, self._dropped, strict=True)):
+            pool = self.pool_of(layer_index)
             taken: set[int] = set()
             new_rows: list[list[int]] = []
             for s in source:
                 if s in taken:
-                    copy = self.pool.allocate(len(rows[s]))
-                    self.pool.keys[copy] = self.pool.keys[rows[s]]
-                    self.pool.values[copy] = self.pool.values[rows[s]]
+                    copy = pool.allocate(len(rows[s]))
+                    pool.keys[copy] = pool.keys[rows[s]]
+                    pool.values[copy] = pool.values[rows[s]]
                     new_rows.append(copy)
                 else:
                     taken.add(s)
                     new_rows.append(rows[s])
             for s, pages in enumerate(rows):
                 if s not in taken:
-                    self.pool.release(pages)
+                    pool.release(pages)
             rows[:] = new_rows
             dropped[:] = [dropped[s] for s in source]
         self.lengths = lengths
         self.route = self.route.select(source)
         shape = (self.num_routable, len(source), self.page_table.shape[2])
-        self.page_table = self.page_table.new_zeros(shape)
-        self.key_counts = self.key_counts.new_zeros(shape[:2])
+        for tables in self._tables.values():
+            tables.pages, tables.counts = tables.pages.new_zeros(shape), tables.counts.new_zeros(shape[:2])
         self._published = [[[] for _ in source] for _ in range(self.num_routable)]
         every = [(layer, row) for layer in range(self.num_routable) for row in range(len(source))]
         if every:
@@ -518,6 +571,12 @@ class FluxCache(Cache):
             return MemoryReport(0, 0, 0, 0)
         held = sum(len(pages) for rows in self._pages for pages in rows)
         dense = self.num_routable * sum(-(-length // self.page_tokens) for length in self.lengths)
-        return MemoryReport(
-            held * self.pool.page_bytes, dense * self.pool.page_bytes, self.pool.free_pages, self.pool.num_pages
-        )
+        size, every = self.pool.page_bytes, self._every_pool
+        free, total = sum(pool.free_pages for pool in every), sum(pool.num_pages for pool in every)
+        return MemoryReport(held * size, dense * size, free, total)
+
+
+def _upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Integers on a device. From pinned memory: any other copy would wait for all work before it."""
+    found = torch.tensor(values, dtype=dtype)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found

@@ -7,9 +7,11 @@ long prompts are prefilled in chunks, and a decode step on a GPU is one graph re
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -236,7 +238,7 @@ def prefill(
     device = controller.device
     lengths = [prompt.numel() for prompt in prompts]
     like = next(controller.decoder.parameters())
-    cache.begin(len(prompts), cache.route, backbone.num_key_value_heads, backbone.head_dim, like)
+    cache.begin(len(prompts), cache.route, controller.kv_heads, backbone.head_dim, like)
     last: list[Tensor | None] = [None] * len(prompts)
     try:
         cache.reserve([n + max_new_tokens for n in lengths])
@@ -266,7 +268,8 @@ def prefill(
         raise
     states = torch.stack([state for state in last if state is not None])
     logits: Tensor = controller.model.get_output_embeddings()(states)
-    return logits
+    # Of a model on several devices, the head may lie on the last one.
+    return logits.to(device)
 
 
 def _check_lengths(controller: FluxAttention, lengths: Sequence[int], max_new_tokens: int) -> None:
@@ -278,6 +281,26 @@ def _check_lengths(controller: FluxAttention, lengths: Sequence[int], max_new_to
             )
 
 
+_P = ParamSpec("_P")
+
+
+def _on_the_models_device(run: Callable[_P, Generation]) -> Callable[_P, Generation]:
+    """Kernels are launched on the current device and events recorded there, wherever their tensors lie."""
+
+    @functools.wraps(run)
+    def on_device(*args: _P.args, **kwargs: _P.kwargs) -> Generation:
+        model = args[0] if args else kwargs["model"]
+        assert isinstance(model, torch.nn.Module)
+        device = attached(model).device
+        if device.type != "cuda":
+            return run(*args, **kwargs)
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
+
+    return on_device
+
+
+@_on_the_models_device
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -304,11 +327,14 @@ def generate(
         route: of the rows; None asks the controller's policy (the router).
         pool: KV pages to live in; None allocates exactly what the request needs.
         chunk_tokens: tokens of one prefill pass; bounds the activations, not the result.
-        cuda_graph: replay decode steps as a graph; None = on CUDA.
+        cuda_graph: replay decode steps as a graph; None = on CUDA, where the model lies on one device as a whole.
         tuned: time launch configurations before decoding a new size of request (`tune`); None = where decode steps
             are replayed and at least 64 tokens may come.
         on_token: called with (row, token) as tokens become known (on CUDA one step late, so nothing waits).
         generator: of the sampling noise.
+
+    A model may be spread over devices by a device map, or have its heads split over ranks by a `tp_plan`. All ranks
+    then call this with the same prompts and get the same routes and tokens, drawn ones being the first rank's.
 
     Raises:
         ValueError: empty prompts, prompts over the model's context, unsupported options, an inline router with a
@@ -355,7 +381,7 @@ def generate(
         assert route is not None
         cache.set_route(route)
         if pool is None:
-            cache.pool = _exact_pool(controller, cache, route, [n + limit for n in lengths])
+            cache.use_pools(_exact_pools(controller, route, [n + limit for n in lengths]))
         logits = prefill(controller, prompts, cache, chunk_tokens=chunk_tokens, max_new_tokens=limit)
     sync()
     prefilled = time.perf_counter()
@@ -377,20 +403,23 @@ def generate(
     )
 
 
-def _exact_pool(controller: FluxAttention, cache: FluxCache, route: Route, tokens: Sequence[int]) -> PagePool:
-    """A pool of just the pages that rows of `tokens` tokens hold under `route`, allocated once."""
+def _exact_pools(controller: FluxAttention, route: Route, tokens: Sequence[int]) -> dict[torch.device, PagePool]:
+    """Pools of just the pages that rows of `tokens` tokens hold under `route`: one a device, allocated once."""
     backbone, config = controller.config.backbone, controller.config
     assert backbone is not None
     page, sinks = config.block_tokens, config.sink_tokens
-    pages = 0
+    pages = dict.fromkeys(controller.layer_devices, 0)
     for row, n in enumerate(tokens):
         whole = -(-n // page)
         streaming = min(whole, (sinks + config.window_tokens) // page + 1)
-        for layer in range(route.num_layers):
+        for layer, device in enumerate(controller.layer_devices):
             drops = REGISTRY[config.sparse_mode].drops_keys and not bool(route.use_full[layer, row])
-            pages += streaming if drops else whole
-    like = next(controller.decoder.parameters())
-    return PagePool(page, backbone.num_key_value_heads, backbone.head_dim, like.dtype, like.device, max_pages=pages)
+            pages[device] += streaming if drops else whole
+    dtype = next(controller.decoder.parameters()).dtype
+    return {
+        device: PagePool(page, controller.kv_heads, backbone.head_dim, dtype, device, max_pages=count)
+        for device, count in pages.items()
+    }
 
 
 def _padded_prefill(
@@ -411,14 +440,16 @@ def _padded_prefill(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **kept
         ).last_hidden_state
     logits: Tensor = controller.model.get_output_embeddings()(hidden[:, -1])
-    return logits
+    return logits.to(device)
 
 
 def _use_graph(controller: FluxAttention, wanted: bool | None) -> bool:
     able = controller.device.type == "cuda" and len(controller.layers) == controller.decoder.config.num_hidden_layers
-    if wanted and not able:
-        raise ValueError("cuda_graph=True needs a CUDA model whose attention layers are all routable")
-    return able if wanted is None else wanted
+    if wanted and not (able and not controller.is_split):
+        raise ValueError(
+            "cuda_graph=True needs a CUDA model whose attention layers are all routable, on one device as a whole"
+        )
+    return able and not controller.is_split if wanted is None else wanted
 
 
 def _decode(
@@ -460,7 +491,8 @@ def _decode(
         scores = processors(history, logits.float()) if processors else logits
         if config.do_sample:
             probabilities = scores.float().softmax(-1)
-            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            # Ranks have generators of their own, and may draw differently.
+            token = controller.ranks.from_first(torch.multinomial(probabilities, 1, generator=generator)[:, 0].clone())
         else:
             token = scores.argmax(-1)
         if history is not None:

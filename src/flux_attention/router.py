@@ -66,6 +66,10 @@ class PoolPlan:
         # Pinned staging would need a stream to wait on; these are a few hundred integers.
         return cls(index.view(len(rows), width).to(device), weight.view(len(rows), width).to(device))
 
+    def to(self, device: torch.device) -> PoolPlan:
+        """The same plan on another device."""
+        return self if self.index.device == device else PoolPlan(self.index.to(device), self.weight.to(device))
+
     def gather(self, tokens: Tensor) -> Tensor:
         """`tokens [N, …]` → `[S, K, …]`."""
         return tokens[self.index]

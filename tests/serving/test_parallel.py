@@ -26,3 +26,39 @@ def test_two_ranks(start, tiny, inline):
     assert max(differences(tiny, asks, cold[: len(asks)])) < TOLERANCE
     if not inline:
         assert max(differences(tiny, asks, generate(llm, asks))) < TOLERANCE
+
+
+def test_probes_are_captured_on_all_ranks_or_none(start, tiny):
+    """A rank that replays beside one that does not would meet its exchanges with others; a graph is a call here."""
+    llm = start(tiny, tensor_parallel_size=2, max_model_len=1024, distributed_executor_backend="mp")
+    ends = [random_ids(16, seed) for seed in range(3)]
+
+    # Functions of a function travel to the ranks by value.
+    def capture(worker, failing):
+        import torch
+
+        from flux_attention.serving import probe
+
+        def captured(run, device):
+            if torch.distributed.get_rank() == failing:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return run
+
+        real, probe.captured = probe.captured, captured
+        try:
+            worker._probe.capture(4)
+        finally:
+            probe.captured = real
+        return [rows for rows, _ in worker._probe._replays]
+
+    def scores(worker):
+        return worker._probe.scores(ends)
+
+    eager = llm.collective_rpc(scores)
+    assert eager[0] == eager[1]
+    assert llm.collective_rpc(capture, args=(1,)) == [[], []]
+    assert llm.collective_rpc(capture, args=(None,)) == [[1, 2, 4]] * 2
+    replayed = llm.collective_rpc(scores)
+    assert replayed[0] == replayed[1]
+    for found, expected in zip(replayed[0], eager[0], strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)

@@ -51,7 +51,7 @@ def test_replayed_probes(llm, tiny, monkeypatch):
     probe = llm.llm_engine.model_executor.driver_worker.worker._probe
     used = []
 
-    def captured(run):
+    def captured(run, device):
         return lambda: used.append(1) or run()
 
     monkeypatch.setattr("flux_attention.serving.probe.captured", captured)
@@ -71,7 +71,7 @@ def test_replayed_probes(llm, tiny, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["refused", "wrong"])
 def test_a_probe_that_cannot_be_captured_says_so(llm, monkeypatch, caplog, fault):
-    def captured(run):
+    def captured(run, device):
         if fault == "refused":
             raise RuntimeError("operation not permitted when stream is capturing")
         return lambda: run() + 0.1

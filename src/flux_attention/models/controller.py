@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from flux_attention.cache import CACHE_KEYWORDS, FluxCache, PagePool, append_tok
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import paged_decode
 from flux_attention.models.delta import AppliedDelta
-from flux_attention.models.families import family_of, layer_types
+from flux_attention.models.families import family_of, layer_devices, layer_types
 from flux_attention.models.fuse import Fusion
 from flux_attention.models.layout import Layout
 from flux_attention.models.pooling import LayerPooling
 from flux_attention.models.prefill import LayerPrefill
 from flux_attention.models.probe import ProbeGraphs, pooled_ends
+from flux_attention.models.ranks import HeadRanks
 from flux_attention.models.step import SoftRouting, Step, host_decisions
 from flux_attention.modes import Mode, make_mode
 from flux_attention.route import Dial, HeadRoute, Policy, PolicyContext, Route
@@ -46,6 +47,11 @@ class FluxAttention:
         overlap: let the kernels of a captured decode step begin before the one before has ended (Hopper and later).
         last_route: route of the last prefill.
         delta: weights of the backbone that the adapter replaced until `detach`; None where it replaced none.
+        ranks: that share the model's heads, where it is split by a `tp_plan`.
+        layer_devices: where each routable layer lies: several devices where a device map has spread them.
+
+    Raises:
+        ValueError: heads that do not divide among the ranks, layers that are offloaded.
     """
 
     def __init__(self, model: PreTrainedModel, config: FluxConfig, router: LayerRouter) -> None:
@@ -56,6 +62,11 @@ class FluxAttention:
         self.config = config
         assert config.backbone is not None
         self.layers = config.backbone.routable_layers
+        first = getattr(self.decoder.layers[self.layers[0]], self.family.attention)
+        self.ranks = HeadRanks.of(first, self.family.query, config.backbone.num_key_value_heads)
+        devices = layer_devices(self.decoder.layers)
+        self.layer_devices = tuple(devices[index] for index in self.layers)
+        self._on_several = len({*devices, self.device}) > 1
         self.router = router
         self.policy: Policy | None = None
         self.dial = Dial()
@@ -84,8 +95,23 @@ class FluxAttention:
     def device(self) -> torch.device:
         return next(self.decoder.parameters()).device
 
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads on this rank."""
+        assert self.config.backbone is not None
+        return self.config.backbone.num_key_value_heads // self.ranks.size
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the model lies on several devices, layer by layer or head by head."""
+        return self._on_several or self.ranks.size > 1
+
+    def on(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Make a layer's device the current one, on which kernels are launched, where the model lies on several."""
+        return torch.cuda.device(device) if self._on_several and device.type == "cuda" else nullcontext()
+
     def new_cache(self, *, pool: PagePool | None = None, max_row_tokens: int | None = None) -> FluxCache:
-        """An empty cache for this model."""
+        """An empty cache for this model. Raises ValueError for a `pool` where layers lie on several devices."""
         config = self.decoder.config
         return FluxCache(
             self.config,
@@ -95,6 +121,7 @@ class FluxAttention:
             sliding_window=getattr(config, "sliding_window", None),
             pool=pool,
             max_row_tokens=max_row_tokens,
+            devices=self.layer_devices,
         )
 
     @contextmanager
@@ -224,7 +251,7 @@ class FluxAttention:
                 like = next(self.decoder.parameters())
                 like = like if inputs.dtype in (torch.int64, torch.int32) else inputs
                 route = step.route or Route.full(len(self.layers), batch)
-                cache.begin(batch, route, backbone.num_key_value_heads, backbone.head_dim, like)
+                cache.begin(batch, route, self.kv_heads, backbone.head_dim, like)
             if not layout.is_decode:
                 cache.reserve(layout.counts)
         # Set last: a refused request must leave no step behind.
@@ -313,6 +340,8 @@ class FluxAttention:
     def _decide_soft(self, step: Step, kwargs: dict[str, Any]) -> None:
         soft, layers, sequences = self._soft, len(self.layers), len(step.layout.counts)
         assert soft is not None
+        if self.is_split:
+            raise ValueError("routers are trained on a model that lies on one device as a whole, not on a split one")
         step.soft = soft
         if soft.forced is not None:
             shape = tuple(soft.forced.shape)
@@ -401,19 +430,24 @@ class FluxAttention:
         """
         step = self._step
         assert step is not None and step.cache is not None and step.cache.pool is not None
-        cache, pool = step.cache, step.cache.pool
-        if step.counts is None:
+        cache, pool, tables = step.cache, step.cache.pool_of(layer), step.cache.tables_of(layer)
+        device = tables.counts.device
+        if device not in step.counts:
             # One launch for all layers.
-            step.counts = cache.key_counts + 1
-        q = append(pool.keys, pool.values, cache.page_table[layer], cache.key_counts[layer])
-        table = cache.decode_table(layer)
-        return paged_decode(q, pool.keys, pool.values, table, step.counts[layer], scale=scale, impl=self.decode_impl)
+            step.counts[device] = tables.counts + 1
+        q = append(pool.keys, pool.values, tables.pages[layer], tables.counts[layer])
+        table, counts = cache.decode_table(layer), step.counts[device][layer]
+        return paged_decode(q, pool.keys, pool.values, table, counts, scale=scale, impl=self.decode_impl)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """One routable layer: `query [B, Hq, T, D]`, `key, value [B, Hk, T, D]` → `[B, T, Hq, D]`."""
         step = self._step
         if step is None:
             raise RuntimeError("an attached attention layer ran outside of its decoder; call the model itself")
+        with self.on(query.device):
+            return self._attend(step, layer, query, key, value, scale)
+
+    def _attend(self, step: Step, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         exchange = step.soft.exchange if step.soft is not None else None
         if exchange is not None:
             query, key, value = (exchange.to_heads(x) for x in (query, key, value))
@@ -428,9 +462,9 @@ class FluxAttention:
             return self.decode(layer, append, scale)[:, None]
         q, k, v = (x.reshape(batch * columns, -1, dim) for x in (q, k, v))
         if not step.layout.is_plain:
-            if step.index is None:
-                step.index = step.layout.token_index(query.device)
-            q, k, v = (x[step.index] for x in (q, k, v))
+            if query.device not in step.index:
+                step.index[query.device] = step.layout.token_index(query.device)
+            q, k, v = (x[step.index[query.device]] for x in (q, k, v))
         prefill = LayerPrefill(step, layer, self.full_mode, self.sparse_mode, scale, step.impl or self.impl)
         if step.soft is not None:
             out = prefill.blended(q, k, v)
@@ -438,8 +472,7 @@ class FluxAttention:
             decide = functools.partial(self.pooling.decide, step, layer) if step.inline else None
             out = prefill.routed(q, k, v, decide)
         if not step.layout.is_plain:
-            assert step.index is not None
             # Padding gets zeros: it must carry nothing into the layers above, NaN least of all.
-            out = out.new_zeros(batch * columns, heads, dim).index_copy(0, step.index, out)
+            out = out.new_zeros(batch * columns, heads, dim).index_copy(0, step.index[query.device], out)
         out = out.view(batch, columns, heads, dim)
         return out if exchange is None else exchange.to_tokens(out)

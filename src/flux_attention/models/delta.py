@@ -113,6 +113,11 @@ class AppliedDelta:
             if name not in parameters:
                 raise DeltaError(f"{delta.path}: the model has no weight {name!r}")
             found = parameters[name]
+            if hasattr(found, "device_mesh") or found.is_meta:
+                raise DeltaError(
+                    f"{delta.path}: the model's weight {name!r} is split over ranks or offloaded; an adapter with "
+                    "replaced weights needs a model that lies on devices as a whole"
+                )
             if found.shape != value.shape or not found.is_floating_point():
                 raise DeltaError(
                     f"{delta.path}: weight {name!r} is {list(value.shape)}, the model's is {list(found.shape)} "

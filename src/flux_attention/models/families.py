@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -60,6 +61,17 @@ FAMILIES = {
         Family("gemma3_text", query_norm="q_norm"),
     )
 }
+
+
+def layer_devices(layers: Sequence[nn.Module]) -> tuple[torch.device, ...]:
+    """Where each decoder layer's weights lie.
+
+    Raises ValueError for layers whose weights are not on a device (transformers' offloading).
+    """
+    devices = tuple(next(layer.parameters()).device for layer in layers)
+    if any(device.type == "meta" for device in devices):
+        raise ValueError("some layers are offloaded: routed attention takes models that lie on devices as a whole")
+    return devices
 
 
 def family_of(model_type: str) -> Family:

@@ -52,18 +52,22 @@ class LayerPooling:
             self.gate(step, layer, hidden, lambda tokens: controller.family.queries(module, tokens))
             return
         # At most 2·pool_tokens tokens of each prompt: their queries cost nothing to compute a second time.
-        tokens = step.pool_plan.gather(hidden.flatten(0, 1))
-        with self._beside(step, tokens):
+        plan = step.plan_on(hidden.device)
+        tokens = plan.gather(hidden.flatten(0, 1))
+        with controller.on(hidden.device), self._beside(step, tokens):
             queries = controller.family.queries(module, tokens)
             if step.collect_heads:
                 parts = queries.chunk(step.collect_heads, 2)
-                self._collect(step, layer, torch.stack([step.pool_plan.mean(part) for part in parts], 1))
+                self._collect(step, layer, torch.stack([plan.mean(part) for part in parts], 1))
                 return
-            pooled = step.pool_plan.mean(queries)
+            pooled = plan.mean(queries)
             if step.collect:
+                # All layers' are exchanged at once, when the probe is done.
                 self._collect(step, layer, pooled[:, None])
                 return
-            step.decisions[layer] = _to_host(controller.router(pooled.detach(), layer))
+            pooled = controller.ranks.mean(pooled.detach()).to(controller.device)
+        with controller.on(controller.device):
+            step.decisions[layer] = _to_host(controller.router(pooled, layer))
 
     def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
         """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`: for a probe, or to route inline.
@@ -129,7 +133,8 @@ class LayerPooling:
     @contextmanager
     def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
         """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own."""
-        if not (tokens.is_cuda and self.beside):
+        # Layers on several devices, and ranks that exchange, keep one order of everything.
+        if not (tokens.is_cuda and self.beside) or self._controller.is_split:
             yield
             return
         if self._side is None:

@@ -37,9 +37,9 @@ def pooled_ends(controller: FluxAttention, prompts: Sequence[Tensor], by_head: b
     step = _step(controller, [e.numel() for e in ends], ids.shape[1])
     if by_head:
         assert controller.config.backbone is not None
-        step.collect_heads = controller.config.backbone.num_key_value_heads
+        step.collect_heads = controller.kv_heads
     found = _run(controller, ids, step)
-    return found if by_head else found.sum(2)
+    return controller.ranks.cat(found, 2) if by_head else controller.ranks.mean(found.sum(2))
 
 
 def _ends(controller: FluxAttention, prompt: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _step(controller: FluxAttention, lengths: Sequence[int], columns: int) -> St
 def _run(controller: FluxAttention, ids: Tensor, step: Step) -> Tensor:
     """Pooled queries of `ids [S, columns]` in parts to be added up, `[L, S, parts, D]`; device work only.
 
-    With `step.collect_heads` `[L, S, Hk, D]`, the heads' own.
+    With `step.collect_heads` `[L, S, Hk, D]`, the heads' own. Of a rank, its own heads'.
     """
     step.pooled = [None] * len(controller.layers)
     outer, controller._step = controller._step, step
@@ -76,7 +76,7 @@ def _run(controller: FluxAttention, ids: Tensor, step: Step) -> Tensor:
     finally:
         controller._step = outer
     controller.pooling.join(step)
-    return torch.stack([p for p in step.pooled if p is not None])
+    return torch.stack([p.to(controller.device) for p in step.pooled if p is not None])
 
 
 class ProbeGraphs:
@@ -108,6 +108,8 @@ class ProbeGraphs:
         rotary = getattr(controller.decoder, "rotary_emb", None)
         return (
             controller.device.type == "cuda"
+            # A graph is of one device, and ranks that replay in different order than others run would wait for ever.
+            and not controller.is_split
             and len(controller.layers) == controller.decoder.config.num_hidden_layers
             and getattr(rotary, "rope_type", None) in _STATIC_ROTARY
             and not torch.is_grad_enabled()

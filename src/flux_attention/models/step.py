@@ -41,10 +41,19 @@ class Step:
     held: list[Tensor] = field(default_factory=list)
     """What the side stream reads: kept until it has."""
     decisions: list[tuple[Tensor, torch.cuda.Event | None] | None] = field(default_factory=list)
-    index: Tensor | None = None
-    counts: Tensor | None = None
-    """Decoding: keys of each layer and row, the new token's included, int32 `[L, B]`."""
+    index: dict[torch.device, Tensor] = field(default_factory=dict)
+    """By device, where the layers lie on several: the layout's token index."""
+    counts: dict[torch.device, Tensor] = field(default_factory=dict)
+    """Decoding: keys of each layer and row, the new token's included, int32 `[L, B]`, by device."""
+    plans: dict[torch.device, PoolPlan] = field(default_factory=dict)
     packings: dict[Any, Any] = field(default_factory=dict)
+
+    def plan_on(self, device: torch.device) -> PoolPlan:
+        """The pool plan on a layer's device."""
+        assert self.pool_plan is not None
+        if device not in self.plans:
+            self.plans[device] = self.pool_plan.to(device)
+        return self.plans[device]
 
 
 class Exchange(Protocol):

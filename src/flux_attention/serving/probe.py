@@ -4,20 +4,23 @@ The same router, pooling and semantics as `FluxAttention.probe`; only the model 
 after q-norm) are what a layer hands to its rotary embedding, which a hook reads while the probe runs.
 
 A GPU is done with a few hundred tokens long before the host has launched their kernels. A prompt of at least
-`2 * pool_tokens` tokens always gives the same shapes, so where the engine captures graphs, the probe is one too.
+`2 * pool_tokens` tokens always gives the same shapes, so where the engine captures graphs, the probe is one too. With
+tensor parallelism its graph holds the ranks' exchanges, so either all ranks replay it or none does.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed.parallel_state import get_tp_group, graph_capture
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
@@ -28,6 +31,7 @@ from flux_attention.serving.options import Deployment
 logger = logging.getLogger(__name__)
 # Of a probability, between a replay and the same kernels launched one by one.
 _TOLERANCE = 0.01
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -133,17 +137,17 @@ class Probe:
     def capture(self, most: int) -> None:
         """Capture probes of 1, 2, 4, … prompts, up to `most`; those of other numbers leave rows unused.
 
-        A probe that cannot be captured, or whose replay says something else, runs eagerly, and the log says so.
+        A probe that cannot be captured, or whose replay says something else, runs eagerly, on all ranks of a tensor
+        parallel engine, and the log says so.
         """
         sizes = [1]
         while sizes[-1] < most:
             sizes.append(2 * sizes[-1])
         try:
             # The largest first: the others find its memory.
-            replays = [(rows, self._capture(rows)) for rows in reversed(sizes)]
-            worst = max(self._error(rows, replay) for rows, replay in replays)
-            if not worst <= _TOLERANCE:
-                raise RuntimeError(f"its scores differ from the eager pass by {worst:.3g}")
+            replays = [(rows, _on_all_ranks(functools.partial(self._capture, rows))) for rows in reversed(sizes)]
+            for rows, replay in replays:
+                _on_all_ranks(functools.partial(self._check, rows, replay))
         except RuntimeError:
             logger.warning(
                 "The probe cannot be captured as a CUDA graph: it runs eagerly, tens of milliseconds a time",
@@ -156,7 +160,13 @@ class Probe:
     def _capture(self, rows: int) -> _Replay:
         layout = self._layout([2 * self._pool] * rows)
         ids = torch.zeros(rows * 2 * self._pool, dtype=torch.long, device=self._device)
-        return _Replay(layout, ids, captured(lambda: self._p_full(layout, ids)))
+        return _Replay(layout, ids, captured(lambda: self._p_full(layout, ids), self._device))
+
+    def _check(self, rows: int, replay: _Replay) -> None:
+        """Raises RuntimeError for a replay that says something else than the eager pass."""
+        error = self._error(rows, replay)
+        if not error <= _TOLERANCE:
+            raise RuntimeError(f"its scores differ from the eager pass by {error:.3g}")
 
     def _error(self, rows: int, replay: _Replay) -> float:
         """Largest difference from the eager pass, on random tokens."""
@@ -178,18 +188,40 @@ class Probe:
                 handle.remove()
 
 
-def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _on_all_ranks(run: Callable[[], _T]) -> _T:
+    """`run()`, done by every rank of a tensor parallel engine or by none.
+
+    A rank that goes on without the others would meet their next exchange with another one. They agree on the host, as
+    the device may be at an exchange that one of them did not get to.
+
+    Raises RuntimeError where it failed on any rank.
+    """
+    failure: Exception | None = None
+    try:
+        found = run()
+    except Exception as error:
+        failure = error
+    if get_tensor_model_parallel_world_size() > 1:
+        alike = torch.tensor(failure is None, dtype=torch.int32)
+        torch.distributed.all_reduce(alike, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+        if not alike and failure is None:
+            raise RuntimeError("another rank failed")
+    if failure is not None:
+        raise failure if isinstance(failure, RuntimeError) else RuntimeError(str(failure)) from failure
+    return found
+
+
+def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """`run` as a replay of a CUDA graph, into a tensor that is the same at every call."""
-    current = torch.cuda.current_stream()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
+    current = torch.cuda.current_stream(device)
+    # vLLM's own context for captures: its all-reduce kernels have addresses to exchange when it ends.
+    with graph_capture(device=device) as context:
         for _ in range(2):
             run()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=current_platform.get_global_graph_pool()):
-        found = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=current_platform.get_global_graph_pool(), stream=context.stream):
+            found = run()
+    current.wait_stream(context.stream)
 
     def replay() -> Tensor:
         graph.replay()

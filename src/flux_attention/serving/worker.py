@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.model_loader.utils import get_model_architecture
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     _Mixed = Any
 else:
     _Mixed = object
-
-logger = logging.getLogger(__name__)
 
 
 class RoutedWorker(_Mixed):
@@ -69,10 +66,7 @@ class RoutedWorker(_Mixed):
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
         if self.device.type == "cuda" and not self.model_config.enforce_eager:
-            if self.parallel_config.tensor_parallel_size == 1:
-                self._probe.capture(self.flux.options.probe_batch)
-            else:
-                logger.warning("Probes run eagerly, not as CUDA graphs: their ranks exchange pooled queries")
+            self._probe.capture(self.flux.options.probe_batch)
         return result
 
     def execute_model(self, scheduler_output: Any) -> Any:
