@@ -327,8 +327,8 @@ def router_logits(
     return logits
 
 
-#: Tokens that one program of `decide` pools at most, and programs that are sure to run all at once.
-_MOST_TOKENS, _MOST_PROGRAMS = 8, 64
+#: Tokens that one program of `decide` pools at most, and the most programs it takes.
+_MOST_TOKENS, _MOST_PROGRAMS = 8, 128
 
 
 def decide_arrivals(device: torch.device) -> Tensor:
@@ -337,10 +337,12 @@ def decide_arrivals(device: torch.device) -> Tensor:
 
 
 def decides(q: Tensor, index: Tensor, dim: int) -> bool:
-    """Whether `decide` takes these: on a GPU, few sequences, and heads that divide its work."""
-    (rows, k), programs = index.shape, dim // 4
-    fits = 0 < rows * programs <= _MOST_PROGRAMS and k <= programs * _MOST_TOKENS
-    return q.is_cuda and dim in (64, 128, 256) and fits
+    """Whether `decide` takes these: on a GPU that runs all its programs at once, and heads that divide its work."""
+    if not q.is_cuda or dim not in (64, 128, 256):
+        return False
+    (rows, k), programs = index.shape, dim // 2
+    at_once = min(_MOST_PROGRAMS, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    return 0 < rows * programs <= at_once and k <= programs * _MOST_TOKENS
 
 
 def decide(
@@ -368,14 +370,14 @@ def decide(
         weights, biases: the layer's five products, as in `LayerRouter`.
         arrivals: see `decide_arrivals`.
         out: float32 `[S, 2]` for the logits; the host's pinned memory will do, where they are once the launch is done.
-        programs: a divisor of `4 * D`; tests on a CPU, where programs take turns, give 1.
+        programs: a divisor of `4 * D`; in an interpreter, where programs take turns, 1.
     """
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
 
     q, (rows, k), hq = q.contiguous(), index.shape, q.shape[1] // dim
-    programs = programs or dim // 4
+    programs = programs or dim // 2
     work = torch.empty(rows, programs, 4, dim, dtype=torch.float32, device=q.device)
     overlap = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     kernels.decide_kernel[(programs, rows)](
@@ -398,7 +400,7 @@ def decide(
         PROGRAMS=programs,
         NORM=norm is not None,
         OVERLAP=overlap,
-        num_warps=16,
+        num_warps=4,
         **({"launch_pdl": True} if overlap else {}),
     )
     return out

@@ -228,8 +228,10 @@ def _wait_for_all(p_count, PROGRAMS: tl.constexpr):
     """Wait until every program has come here. All must be resident at once, and what they stored before is seen."""
     tl.debug_barrier()
     tl.atomic_add(p_count, 1)
-    while tl.atomic_add(p_count, 0) < PROGRAMS:
+    # Plain loads do not hold up the others' additions; the last one, an addition of nothing, is the acquire.
+    while tl.load(p_count, volatile=True) < PROGRAMS:
         pass
+    tl.atomic_add(p_count, 0)
 
 
 @triton.jit
