@@ -23,12 +23,14 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +59,9 @@ PARALLEL_ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 WORKER = "serving_worker.MeasuredWorker"
+#: Engines of several ranks. One that is collected waits for ever for sockets that are still open (seen with vLLM 0.26),
+#: so a process that has made one ends without collecting it.
+KEPT: list[Any] = []
 UNCOMPILED = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 BUNDLES = [*[list(Q75[i::3]) for i in range(3)], [layer for layer in range(36) if layer % 4 == 3]]
 
@@ -316,6 +321,8 @@ class Speed:
         graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]} | ({} if settings["compile"] else UNCOMPILED)
         say("starting the engine")
         self.llm = LLM(str(model), compilation_config=graphs, **arguments)
+        if settings["tensor_parallel"] > 1:
+            KEPT.append(self.llm)
         state = scheduler(self.llm)
         groups = len(state.kv_cache_config.kv_cache_groups)
         self.pool = state.kv_cache_manager.block_pool.num_gpu_blocks * 128 // groups
@@ -530,6 +537,8 @@ def gpu_check(folder: Path, ranks: int) -> dict[str, float]:
         lengths = (500, 96, 700, 300, 97, 640, 333, 257) * 2
         asks = mixed_asks(reference, ids, lengths, tokens=150)
         outputs = generate(llm, asks)
+        if ranks > 1:
+            KEPT.append(llm)
         say(f"{len(outputs)} requests answered; probes captured for {llm.collective_rpc('rank_graphs')} prompts")
         if ranks > 1:
             say(f"{ranks_agree(llm, reference.controller.config.pool_tokens, 259)} decisions are alike on all ranks")
@@ -555,12 +564,45 @@ def gpu_check(folder: Path, ranks: int) -> dict[str, float]:
 
 def check(recorder: Recorder) -> None:
     """`gpu_check`, beside the figures that rest on it."""
-    with tempfile.TemporaryDirectory() as folder:
-        errors = gpu_check(Path(folder), recorder.settings["tensor_parallel"])
-    # Its engine's last references; the next one is to have the device.
-    gc.collect()
+    if (ranks := recorder.settings["tensor_parallel"]) > 1:
+        errors = checked_apart(ranks)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            errors = gpu_check(Path(folder), ranks)
+        # Its engine's last references; the next one is to have the device.
+        gc.collect()
     for name, value in errors.items():
         recorder.add(f"vllm_gpu_check_{name}", value, "nat")
+
+
+def checked_apart(ranks: int) -> dict[str, float]:
+    """`gpu_check` in a process of its own: see `KEPT`. Raises RuntimeError when it fails there."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_check_and_leave, args=(ranks, there))
+    process.start()
+    there.close()
+    try:
+        errors: dict[str, float] = here.recv()
+    except EOFError:
+        raise RuntimeError("the check failed in its process; see above") from None
+    finally:
+        process.join()
+    return errors
+
+
+def _check_and_leave(ranks: int, connection: Any) -> None:
+    status = 1
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            connection.send(gpu_check(Path(folder), ranks))
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        connection.close()
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def gpu(options: argparse.Namespace, version: str) -> int:
@@ -625,7 +667,11 @@ def main() -> int:
 
     version = check_version()
     if options.gpu:
-        return gpu(options, version)
+        failures = gpu(options, version)
+        if KEPT:
+            sys.stdout.flush()
+            os._exit(1 if failures else 0)
+        return failures
     sections = {"exactness": exactness, "leaks": leaks, "scheduler": scheduler_share}
     failures, device = 0, torch.device("cpu")
     for name in (options.sections or ",".join(sections)).split(","):

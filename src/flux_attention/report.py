@@ -317,14 +317,32 @@ README_TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("2,048 tokens, which gain nothing: routed time over dense", "vllm_overhead_2k"),
         ("what a probe adds to the time to first token", "vllm_probe_ms"),
     ),
-    "training": tuple(
-        (f"{label}, packs of {tokens:,} tokens", f"train_8b_{tokens // 1024}k_{figure}")
-        for tokens in (8192, 16384, 32768, 65536, 131072)
-        for label, figure in (
-            ("`lm`", "lm_tokens_per_s"),
-            ("`distill`", "distill_tokens_per_s"),
-            ("… peak device memory", "peak_gb"),
-        )
+    "training": (
+        *(
+            (f"{label}, packs of {tokens:,} tokens", f"train_8b_{tokens // 1024}k_{figure}")
+            for tokens in (8192, 16384, 32768, 65536, 131072)
+            for label, figure in (
+                ("`lm`", "lm_tokens_per_s"),
+                ("`distill`", "distill_tokens_per_s"),
+                ("… peak device memory", "peak_gb"),
+            )
+        ),
+        ("`lm`, one document of 131,072 tokens, inputs of layers on the host", "train_8b_128k_1gpu_tokens_per_s"),
+        ("… peak device memory", "train_8b_128k_1gpu_peak_gb"),
+    ),
+    "two-gpus": (
+        ("training, packs of 65,536 tokens, one GPU", "train_8b_64k_1gpu_tokens_per_s"),
+        ("… data parallel (DDP)", "train_8b_64k_ddp2_tokens_per_s"),
+        ("… over one GPU", "train_8b_64k_ddp2_speedup"),
+        ("… sharded (FSDP2), over one GPU", "train_8b_64k_fsdp2_speedup"),
+        ("… a document of 131,072 tokens shared (Ulysses), over one GPU", "train_8b_128k_sequence2_speedup"),
+        ("`generate`, heads split (`tp_plan`): decisions that differ between the ranks", "generate_tp2_ranks_differ"),
+        ("… decisions as on one GPU", "generate_tp2_routes_equal"),
+        ("… tokens as on one GPU, where its two best logits are no tie", "generate_tp2_tokens_equal_but_ties"),
+        ("… prefill of 32,768 tokens, 8 layers, over one GPU", "generate_tp2_prefill_32k_speedup"),
+        ("`generate`, layers split (device map): decisions as on one GPU", "generate_map2_routes_equal"),
+        ("… tokens as on one GPU, where its two best logits are no tie", "generate_map2_tokens_equal_but_ties"),
+        ("… prefill of 32,768 tokens, 8 layers, over one GPU", "generate_map2_prefill_32k_speedup"),
     ),
 }
 
@@ -350,8 +368,10 @@ def figure_table(name: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 def _number(value: float, unit: str) -> str:
     if unit == "×":
         return f"{value:.2f}×"
-    if unit in ("ratio", "share", "points", ""):
+    if unit in ("ratio", "points", "") or unit.startswith("share"):
         return f"{value:.3f}"
+    if unit == "outcomes":
+        return f"{value:.0f}"
     return f"{value:.1f} {unit}"
 
 

@@ -67,8 +67,13 @@ class PoolPlan:
         return cls(index.view(len(rows), width).to(device), weight.view(len(rows), width).to(device))
 
     def to(self, device: torch.device) -> PoolPlan:
-        """The same plan on another device."""
-        return self if self.index.device == device else PoolPlan(self.index.to(device), self.weight.to(device))
+        """The same plan on another device; from the host to a GPU without waiting for what the GPU still has to do."""
+        if self.index.device == device:
+            return self
+        index, weight = self.index, self.weight
+        if index.device.type == "cpu" and device.type == "cuda":
+            index, weight = index.pin_memory(), weight.pin_memory()
+        return PoolPlan(index.to(device, non_blocking=True), weight.to(device, non_blocking=True))
 
     def gather(self, tokens: Tensor) -> Tensor:
         """`tokens [N, …]` → `[S, K, …]`."""

@@ -328,7 +328,8 @@ class FluxAttention:
                 step.inline = True
                 step.keep_short_full = tuple(short)
                 step.decisions = [None] * layers
-                step.pool_plan = self._plan(layout)
+                # On the host: it follows the first layer's queries to the device, which has begun by then.
+                step.pool_plan = self._plan(layout, torch.device("cpu"))
                 # Filled layer by layer.
                 step.route = Route(torch.ones(layers, sequences, dtype=torch.bool), torch.ones(layers, sequences))
         else:
@@ -364,15 +365,15 @@ class FluxAttention:
             step.use_full = host_decisions(step.gates)
         else:
             step.inline = True
-            step.pool_plan = self._plan(step.layout)
+            step.pool_plan = self._plan(step.layout, self.device)
             step.pooled = [None] * layers
             step.decisions = [None] * layers
             soft.gates = soft.logits = None
 
-    def _plan(self, layout: Layout) -> PoolPlan:
+    def _plan(self, layout: Layout, device: torch.device) -> PoolPlan:
         # In training the answer follows the prompt in the same row; only the prompt is pooled.
         lengths = self._prompt_counts(layout)
-        return PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=self.device)
+        return PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=device)
 
     def _prompt_counts(self, layout: Layout) -> tuple[int, ...]:
         if self._prompt_tokens is None:

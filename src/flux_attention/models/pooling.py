@@ -81,8 +81,8 @@ class LayerPooling:
         step = controller._step
         if step is None or step.soft or step.collect_heads or not (step.collect or step.inline):
             return
-        plan, backbone = step.pool_plan, controller.config.backbone
-        assert plan is not None and backbone is not None
+        plan, backbone = step.plan_on(queries.device), controller.config.backbone
+        assert backbone is not None
         if step.collect:
             with self._beside(step, queries):
                 self._collect(step, layer, pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm))
