@@ -12,6 +12,7 @@ from flux_attention.cli import board as page
 from flux_attention.cli import main
 from flux_attention.data.sample_set import make_sample_set
 from flux_attention.evaluation import board as boards
+from flux_attention.evaluation import outcomes
 from flux_attention.evaluation.board import Board, BoardRun, UnfinishedError, run_board
 from flux_attention.evaluation.board_config import MIXED, BoardConfig
 from flux_attention.evaluation.entrants import (
@@ -71,6 +72,30 @@ def adapter(model):
 @pytest.fixture
 def any_score(monkeypatch):
     monkeypatch.setattr(boards, "LEAST_DENSE", -1.0)  # a random model answers nothing
+
+
+def test_a_pass_that_memory_does_not_take_goes_in_parts(model, adapter, monkeypatch):
+    (samples,) = make_sample_set([("niah_single_2", 900)], 3, 0, "test", make_tokenizer()).cells.values()
+    routes, passes, score = ["0" * LAYERS, "1" * LAYERS, "0" * LAYERS], [], outcomes.score_batch
+    controller = attach(model, adapter)
+    expected = outcomes.outcomes_of(controller, make_tokenizer(), samples, routes, RunOptions())
+
+    def small(*args):
+        passes.append(len(args[2]))
+        if passes[-1] > most:
+            raise torch.OutOfMemoryError("of a device that others share")
+        return score(*args)
+
+    monkeypatch.setattr(outcomes, "score_batch", small)
+    most = 1
+    found = outcomes.outcomes_of(controller, make_tokenizer(), samples, routes, RunOptions())
+    assert passes == [3, 1, 2, 1, 1]
+    for a, b in zip(found, expected, strict=True):
+        assert a.score == b.score and a.nll == pytest.approx(b.nll, abs=1e-4)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        outcomes.outcomes_of(controller, make_tokenizer(), samples, routes, RunOptions())
+    detach(model)
 
 
 def make_board(model, adapter, folder, config=LIGHT, **more):

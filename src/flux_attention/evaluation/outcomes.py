@@ -19,7 +19,7 @@ import torch
 from flux_attention.data import Sample
 from flux_attention.data.sample_set import digest
 from flux_attention.evaluation.results import write_json
-from flux_attention.evaluation.runner import RunOptions, score_batch
+from flux_attention.evaluation.runner import Record, RunOptions, score_batch
 from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Fixed, parse_columns
 
@@ -141,9 +141,25 @@ def batches(pairs: Sequence[Pair], batch_tokens: int, options: RunOptions) -> It
 def outcomes_of(
     controller: FluxAttention, tokenizer: Any, samples: Sequence[Sample], routes: Sequence[str], options: RunOptions
 ) -> list[Outcome]:
-    """Run samples of one kind of scoring in one pass, each under a route of its own."""
-    with controller.using(Fixed(parse_columns(list(routes), len(controller.layers)))):
-        records = score_batch(controller, tokenizer, samples, options)
+    """Run samples of one kind of scoring, each under a route of its own: in one pass, or in as many as the device's
+    memory takes, which others may share.
+
+    Raises torch.OutOfMemoryError when it does not take one sample.
+    """
+    records: list[Record] | None = None
+    try:
+        with controller.using(Fixed(parse_columns(list(routes), len(controller.layers)))):
+            records = score_batch(controller, tokenizer, samples, options)
+    except torch.OutOfMemoryError:
+        if len(samples) == 1:
+            raise
+    if records is None:
+        # Not while the error is handled: its traceback holds what the pass had.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(samples) // 2
+        parts = ((samples[:half], routes[:half]), (samples[half:], routes[half:]))
+        return [row for part in parts for row in outcomes_of(controller, tokenizer, *part, options)]
     # What is in memory and what is in the file must be the same.
     return [Outcome(row.score, None if row.nll is None else round(row.nll, 6)) for row in records]
 
