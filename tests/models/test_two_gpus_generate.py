@@ -70,8 +70,13 @@ def test_a_model_on_the_second_gpu(folder, whole):
         assert_same(outcomes(model, folder), whole, 1e-3)
     model.generation_config.eos_token_id = None
     controller = attach(model, str(folder / "probe"))
-    found = generate(model, the_prompts(controller.device), max_new_tokens=40)
+    prompts = the_prompts(controller.device)
+    found = generate(model, prompts, max_new_tokens=40)
     assert found.tokens == whole["probe_routed"]
+    with torch.no_grad():
+        here = model(input_ids=prompts[0][None]).logits
+        with torch.cuda.device(1):
+            assert torch.equal(model(input_ids=prompts[0][None]).logits, here)
     detach(model)
 
 

@@ -107,8 +107,11 @@ class FluxAttention:
         return self._on_several or self.ranks.size > 1
 
     def on(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Make a layer's device the current one, on which kernels are launched, where the model lies on several."""
-        return torch.cuda.device(device) if self._on_several and device.type == "cuda" else nullcontext()
+        """Make a GPU the current one, on which kernels are launched, where it is not: of a model on another GPU, or of
+        a layer, where they lie on several."""
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return nullcontext()
+        return torch.cuda.device(device)
 
     def new_cache(self, *, pool: PagePool | None = None, max_row_tokens: int | None = None) -> FluxCache:
         """An empty cache for this model. Raises ValueError for a `pool` where layers lie on several devices."""
@@ -179,8 +182,9 @@ class FluxAttention:
             return Route.full(len(self.layers), len(prompts))
         # Only prompts that can gain are probed, but every sequence keeps its column.
         probed = [p for p, r in zip(prompts, routed, strict=True) if r]
-        replayed = self._probes.p_full(probed)
-        p_full = self.router.p_full(self.probe(probed)) if replayed is None else replayed
+        with self.on(self.device):
+            replayed = self._probes.p_full(probed)
+            p_full = self.router.p_full(self.probe(probed)) if replayed is None else replayed
         found = Route.from_scores(p_full).with_dial(self.dial)
         if all(routed):
             return found

@@ -64,12 +64,12 @@ class Fusion:
         self.layers = [_Layer(controller, layer, index) for index, layer in enumerate(controller.decoder.layers)]
         self._changed: list[Any] = []
         for fused_layer in self.layers:
-            self._set(fused_layer.layer, fused_layer.forward)
+            self._set(fused_layer.layer, fused_layer.on_its_device)
             self._set(fused_layer.attention, fused_layer.attend)
         self._set_norm(controller.decoder.norm)
         head: Any = controller.model.get_output_embeddings()
         if type(head) is nn.Linear and "forward" not in vars(head) and head.weight.is_contiguous():
-            self._set(head, lambda hidden: _project(head, hidden))
+            self._set(head, self._on_its_device(lambda hidden: _project(head, hidden)))
 
     def _set(self, module: Any, forward: Callable[..., Any]) -> None:
         # nn.Module types `forward` as a method; an instance attribute comes before it, and hooks still run.
@@ -78,7 +78,15 @@ class Fusion:
 
     def _set_norm(self, module: Any) -> None:
         norm = _norm(module)
-        self._set(module, lambda x: _own(module, x) if torch.is_grad_enabled() else fused.rms_norm(x, norm))
+        run = self._on_its_device(lambda x: _own(module, x) if torch.is_grad_enabled() else fused.rms_norm(x, norm))
+        self._set(module, run)
+
+    def _on_its_device(self, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def on_device(x: Tensor) -> Tensor:
+            with self.controller.on(x.device):
+                return run(x)
+
+        return on_device
 
     def remove(self) -> None:
         for module in self._changed:
@@ -147,6 +155,11 @@ class _Layer:
     def gate_up(self) -> tuple[Tensor, Tensor]:
         """Weights of the MLP's two projections up."""
         return self.layer.mlp.gate_proj.weight, self.layer.mlp.up_proj.weight
+
+    def on_its_device(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`forward`, whose kernels are launched where the layer lies."""
+        with self.controller.on(hidden_states.device):
+            return self.forward(hidden_states, *args, **kwargs)
 
     def forward(
         self,
