@@ -98,7 +98,8 @@ def test_ranks_train_to_one_processs_numbers(tmp_path, straight):
     assert any(a != b for a, b in zip(*full, strict=True))
 
 
-@pytest.mark.parametrize(
+#: Jobs in which a rank fails, and what the run then says.
+failures = pytest.mark.parametrize(
     ("job", "message"),
     [
         ("fails", "RuntimeError: this rank has had enough"),
@@ -106,12 +107,19 @@ def test_ranks_train_to_one_processs_numbers(tmp_path, straight):
         ("dies", "Signal 9 (SIGKILL)"),
     ],
 )
-def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path, job, message):
+
+
+def assert_ends(tmp_path, job, message):
     started = time.monotonic()
     done = launch(tmp_path, job, timeout=120)
     assert done.returncode != 0
     assert message in done.stderr
     assert time.monotonic() - started < 60
+
+
+@failures
+def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path, job, message):
+    assert_ends(tmp_path, job, message)
 
 
 # ---------------------------------------------------------------------------------------------------- resume

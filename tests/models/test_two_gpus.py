@@ -1,12 +1,10 @@
 """Two GPUs over NCCL train to one GPU's numbers; a rank that fails or dies ends the run with its error."""
 
-import time
-
 import pytest
 import torch
 
 from .ranks import make_trainer, outcome
-from .test_ranks import assert_same, launch
+from .test_ranks import assert_ends, assert_same, failures, launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,17 +41,6 @@ def test_two_gpus_train_to_one_gpus_numbers(tmp_path):
         assert (first["shards"] < 0.75) == job.startswith("fsdp")
 
 
-@pytest.mark.parametrize(
-    ("job", "message"),
-    [
-        ("fails", "RuntimeError: this rank has had enough"),
-        ("leaves", "RuntimeError: this rank has had enough"),
-        ("dies", "Signal 9 (SIGKILL)"),
-    ],
-)
+@failures
 def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path, job, message):
-    started = time.monotonic()
-    done = launch(tmp_path, job, timeout=120)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert time.monotonic() - started < 60
+    assert_ends(tmp_path, job, message)

@@ -129,30 +129,42 @@ def rotary_append_kernel(
 
 
 @triton.jit
-def pool_kernel(
-    p_q, p_index, p_token, p_weight, p_out, k, eps,
+def _pooled(
+    p_q, p_index, p_token, p_weight, i_first, k, eps,
     HQ: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sums, over TOKENS tokens of a sequence each, of the mean of a token's normalised heads.
-
-    `p_q [N, HQ * D]`, `p_index, p_token [S, k]`: which tokens, and their weights; `p_out [S, ceil(k / TOKENS), D]`.
-    """
-    i_c, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Weighted sum `[D]`, over TOKENS of a sequence's k tokens, of the mean of a token's normalised heads."""
     o_h, o_d = tl.arange(0, HEADS), tl.arange(0, D)
     m_h = (o_h < HQ)[:, None]
     b_out = tl.zeros([D], tl.float32)
     for i in tl.static_range(TOKENS):
-        i_k = i_c * TOKENS + i
+        i_k = i_first + i
         m_k = i_k < k
-        i_t = tl.load(p_index + i_s * k + i_k, mask=m_k, other=0).to(tl.int64)
-        b_token = tl.load(p_token + i_s * k + i_k, mask=m_k, other=0.0)
+        i_t = tl.load(p_index + i_k, mask=m_k, other=0).to(tl.int64)
+        b_token = tl.load(p_token + i_k, mask=m_k, other=0.0)
         o_x = i_t * HQ * D + o_h[:, None] * D + o_d[None, :]
-        b_x = tl.load(p_q + o_x, mask=m_h, other=0.0).to(tl.float32)
+        b_x = tl.load(p_q + o_x, mask=m_h & m_k, other=0.0).to(tl.float32)
         if NORM:
             b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
             b_x = b_x * tl.load(p_weight + o_d).to(tl.float32)[None, :]
         b_out += tl.sum(b_x, 0) * (b_token / HQ)
-    tl.store(p_out + (i_s * tl.num_programs(0) + i_c) * D + o_d, b_out)
+    return b_out
+
+
+@triton.jit
+def pool_kernel(
+    p_q, p_index, p_token, p_weight, p_out, k, eps,
+    HQ: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Queries pooled in parts of TOKENS tokens.
+
+    `p_q [N, HQ * D]`, `p_index, p_token [S, k]`: which tokens, and their weights; `p_out [S, ceil(k / TOKENS), D]`.
+    """
+    i_c, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b_out = _pooled(
+        p_q, p_index + i_s * k, p_token + i_s * k, p_weight, i_c * TOKENS, k, eps, HQ, HEADS, D, TOKENS, NORM
+    )
+    tl.store(p_out + (i_s * tl.num_programs(0) + i_c) * D + tl.arange(0, D), b_out)
 
 
 @triton.jit
@@ -272,21 +284,9 @@ def decide_kernel(
     if OVERLAP:
         cuda.gdc_wait()
 
-    o_h = tl.arange(0, HEADS)
-    m_h = (o_h < HQ)[:, None]
-    b_pooled = tl.zeros([D], tl.float32)
-    for j in tl.static_range(TOKENS):
-        i_k = i * TOKENS + j
-        m_k = i_k < k
-        i_t = tl.load(p_index + i_s * k + i_k, mask=m_k, other=0).to(tl.int64)
-        b_token = tl.load(p_token + i_s * k + i_k, mask=m_k, other=0.0)
-        o_x = i_t * HQ * D + o_h[:, None] * D + o_d[None, :]
-        b_x = tl.load(p_q + o_x, mask=m_h & m_k, other=0.0).to(tl.float32)
-        if NORM:
-            b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
-            b_x = b_x * tl.load(p_norm + o_d).to(tl.float32)[None, :]
-        b_pooled += tl.sum(b_x, 0) * (b_token / HQ)
-
+    b_pooled = _pooled(
+        p_q, p_index + i_s * k, p_token + i_s * k, p_norm, i * TOKENS, k, eps, HQ, HEADS, D, TOKENS, NORM
+    )
     p_pooled = p_work + i_s * PROGRAMS * 4 * D
     p_first, p_second = p_pooled + PROGRAMS * D, p_pooled + PROGRAMS * 3 * D
     p_count += i_s * 3
