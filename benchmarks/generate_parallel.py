@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from common import Recorder, add_run_options, label, run_sections
 from model_8b import build, qwen3_8b, toy
+from tests.models.tp_ranks import decide_either_way
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -52,12 +53,8 @@ def make_folder(folder: Path, settings: dict[str, Any], device: torch.device) ->
     model.save_pretrained(folder / "model")
     controller = attach(model)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        pooled = controller.probe([torch.randint(3, config.vocab_size, (500,), generator=generator) for _ in range(16)])
-        controller.router.fit_input_scale(pooled)
-        controller.router.weights[-1].normal_(0, 1)
-        logits = controller.router(pooled)
-        controller.router.biases[-1][:, 1] += (logits[..., 0] - logits[..., 1]).median(1).values
+    prompts = [torch.randint(3, config.vocab_size, (500,), generator=generator) for _ in range(16)]
+    decide_either_way(controller, prompts)
     save_adapter(folder / "adapter", controller.config, controller.router.state_dict())
 
 

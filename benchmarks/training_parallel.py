@@ -238,6 +238,11 @@ def way_config(way: str, world: int) -> dict[str, Any]:
     }[way]
 
 
+def own_packs(way: str, world: int) -> int:
+    """Packs that the ranks have in a pass, one each or one together."""
+    return world if way in ("ddp", "fsdp") else 1
+
+
 # ------------------------------------------------------------------------------------------------ check
 
 
@@ -270,7 +275,7 @@ def check_run(setup: Setup, way: str, world: int, dtype: torch.dtype, impl: str 
     config = ScaleConfig(
         objective=setup.objectives[0],  # type: ignore[arg-type]
         steps=CHECK_STEPS,
-        accumulation=1 if way in ("ddp", "fsdp") else world,
+        accumulation=world // own_packs(way, world),
         pack_tokens=tokens,
         # The penalty has the same gradient everywhere, and would hide the rest.
         multiplier_start=0.0,
@@ -412,7 +417,7 @@ def timed(
     controller = bench.whole()
     torch.manual_seed(0)
     set_sparsity(controller, setup.sparsity)
-    steps, ranks = setup.steps + warm_up, world if way in ("ddp", "fsdp") else 1
+    steps, packs = setup.steps + warm_up, own_packs(way, world)
     config = ScaleConfig(
         objective=setup.objectives[0],  # type: ignore[arg-type]
         steps=steps,
@@ -424,7 +429,7 @@ def timed(
     )
     # Two to a pack, or one that fills it.
     length = document or (tokens if tokens > setup.lengths[0] else tokens // 2)
-    documents = [Document(seed, length) for seed in range(steps * ranks * tokens // length)]
+    documents = [Document(seed, length) for seed in range(steps * packs * tokens // length)]
     free(setup)
     if offload and not warm_up and setup.device.type == "cuda":
         lock_memory(setup, tokens)
@@ -500,7 +505,7 @@ def speed(bench: Bench, way: str) -> None:
     """A way's row on every rank, and its figure."""
     meeting, tokens = bench.meeting, bench.tokens(way)
     everyone = meeting.all(timed(bench, way, tokens, bench.warm_up))
-    packs = meeting.world if way in ("ddp", "fsdp") else 1
+    packs = own_packs(way, meeting.world)
     # A step is done when its last rank is.
     seconds = [max(each) for each in zip(*(found["seconds"] for found in everyone), strict=True)]
     rates = [packs * tokens / s for s in seconds]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from flux_attention.config import FluxConfig
+from flux_attention.kernels.transfer import upload
 from flux_attention.modes import REGISTRY
 from flux_attention.route import Route
 
@@ -577,6 +578,4 @@ class FluxCache(Cache):
 
 
 def _upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Integers on a device. From pinned memory: any other copy would wait for all work before it."""
-    found = torch.tensor(values, dtype=dtype)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    return upload(torch.tensor(values, dtype=dtype), device)

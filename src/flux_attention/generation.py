@@ -291,10 +291,8 @@ def _on_the_models_device(run: Callable[_P, Generation]) -> Callable[_P, Generat
     def on_device(*args: _P.args, **kwargs: _P.kwargs) -> Generation:
         model = args[0] if args else kwargs["model"]
         assert isinstance(model, torch.nn.Module)
-        device = attached(model).device
-        if device.type != "cuda":
-            return run(*args, **kwargs)
-        with torch.cuda.device(device):
+        controller = attached(model)
+        with controller.on(controller.device):
             return run(*args, **kwargs)
 
     return on_device
@@ -444,12 +442,13 @@ def _padded_prefill(
 
 
 def _use_graph(controller: FluxAttention, wanted: bool | None) -> bool:
-    able = controller.device.type == "cuda" and len(controller.layers) == controller.decoder.config.num_hidden_layers
-    if wanted and not (able and not controller.is_split):
+    routable = len(controller.layers) == controller.decoder.config.num_hidden_layers
+    able = controller.device.type == "cuda" and routable and not controller.is_split
+    if wanted and not able:
         raise ValueError(
             "cuda_graph=True needs a CUDA model whose attention layers are all routable, on one device as a whole"
         )
-    return able and not controller.is_split if wanted is None else wanted
+    return able if wanted is None else wanted
 
 
 def _decode(

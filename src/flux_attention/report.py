@@ -370,9 +370,7 @@ def _number(value: float, unit: str) -> str:
         return f"{value:.2f}×"
     if unit in ("ratio", "points", "") or unit.startswith("share"):
         return f"{value:.3f}"
-    if unit == "outcomes":
-        return f"{value:.0f}"
-    return f"{value:.1f} {unit}"
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def fill_readme(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:

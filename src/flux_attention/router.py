@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_attention.kernels.fused import Norm, decide, router_logits
+from flux_attention.kernels.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,16 @@ class PoolPlan:
         width = max((len(r) for r in rows), default=0)
         index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long)
         weight = torch.tensor([w + [0.0] * (width - len(w)) for w in weights])
-        # Pinned staging would need a stream to wait on; these are a few hundred integers.
-        return cls(index.view(len(rows), width).to(device), weight.view(len(rows), width).to(device))
+        plan = cls(index.view(len(rows), width), weight.view(len(rows), width))
+        return plan if device is None else plan.to(torch.device(device))
 
     def to(self, device: torch.device) -> PoolPlan:
         """The same plan on another device; from the host to a GPU without waiting for what the GPU still has to do."""
         if self.index.device == device:
             return self
-        index, weight = self.index, self.weight
-        if index.device.type == "cpu" and device.type == "cuda":
-            index, weight = index.pin_memory(), weight.pin_memory()
-        return PoolPlan(index.to(device, non_blocking=True), weight.to(device, non_blocking=True))
+        if self.index.device.type != "cpu":
+            return PoolPlan(self.index.to(device), self.weight.to(device))
+        return PoolPlan(upload(self.index, device), upload(self.weight, device))
 
     def gather(self, tokens: Tensor) -> Tensor:
         """`tokens [N, …]` → `[S, K, …]`."""

@@ -134,7 +134,7 @@ class Leisurely(TrainerCallback):
 
 JOBS: dict[str, dict[str, Any]] = {
     "ddp": {"accumulation": 1},
-    # Fused, as on a GPU: sharding takes that off, sharing rows does not.
+    # Fused, as on a GPU.
     "fsdp": {"accumulation": 1, "shard_backbone": True, "objective": "distill", "fuse": True},
     # Few documents have a sparse layer: a rank's pack may have none while the other's has one.
     "fsdp_full": {"accumulation": 1, "shard_backbone": True, "objective": "distill", "fuse": True, "full_bias": 4.0},

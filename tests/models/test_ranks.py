@@ -53,8 +53,11 @@ def launch(folder, *arguments, ranks=2, timeout=240):
     return end(start(folder, *arguments, ranks=ranks), timeout)
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+#: Jobs of several ranks, and the run of one process that each must come to.
+JOBS = {"ddp": "lm", "fsdp": "distill", "fsdp_full": "full", "ulysses": "lm", "ulysses_inline": "inline"}
+
+
+def run_straight(folder):
     """What one uninterrupted process comes to, by objective and router input."""
     found = {}
     for name, router_input, options in (
@@ -63,10 +66,15 @@ def straight(tmp_path_factory):
         ("inline", "inline", {"objective": "distill"}),
         ("full", "probe", {"objective": "distill", "full_bias": 4.0}),
     ):
-        trainer = make_trainer(tmp_path_factory.mktemp(name), router_input, **options)
+        trainer = make_trainer(folder / name, router_input, **options)
         trainer.train()
         found[name] = outcome(trainer)
     return found
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return run_straight(tmp_path_factory.mktemp("straight"))
 
 
 def assert_same(actual, expected, tolerance):
@@ -80,13 +88,12 @@ def assert_same(actual, expected, tolerance):
 
 def test_ranks_train_to_one_processs_numbers(tmp_path, straight):
     """DDP, a backbone sharded by FSDP2, and packs shared by two ranks; probe and inline."""
-    done = launch(tmp_path, "ddp", "fsdp", "fsdp_full", "ulysses", "ulysses_inline")
+    done = launch(tmp_path, *JOBS)
     assert done.returncode == 0, done.stderr[-4000:]
     start = dict(make_controller().router.named_parameters())
     moved = max(float((straight["lm"]["parameters"][f"router.{n}"] - p.detach()).abs().max()) for n, p in start.items())
     assert moved > 1e-3  # the updates that are compared are not all but nothing
-    jobs = {"ddp": "lm", "fsdp": "distill", "fsdp_full": "full", "ulysses": "lm", "ulysses_inline": "inline"}
-    for job, expected in jobs.items():
+    for job, expected in JOBS.items():
         ranks = [torch.load(tmp_path / f"{job}-{rank}.pt") for rank in (0, 1)]
         assert_same(ranks[0], straight[expected], 1e-5)
         for name, value in ranks[0]["parameters"].items():

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from .ranks import make_trainer, outcome
-from .test_ranks import assert_ends, assert_same, failures, launch
+from .test_ranks import JOBS, assert_ends, assert_same, failures, launch, run_straight
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-JOBS = {"ddp": "lm", "fsdp": "distill", "fsdp_full": "full", "ulysses": "lm", "ulysses_inline": "inline"}
 
 
 @pytest.fixture(autouse=True)
@@ -21,17 +19,8 @@ def _on_gpus(monkeypatch):
 def test_two_gpus_train_to_one_gpus_numbers(tmp_path):
     done = launch(tmp_path, *JOBS)
     assert done.returncode == 0, done.stderr[-4000:]
-    expected = {}
-    for name, router_input, options in (
-        ("lm", "probe", {}),
-        ("distill", "probe", {"objective": "distill"}),
-        ("inline", "inline", {"objective": "distill"}),
-        ("full", "probe", {"objective": "distill", "full_bias": 4.0}),
-    ):
-        # A process of its own that sees both GPUs takes one.
-        trainer = make_trainer(tmp_path / name, router_input, **options)
-        trainer.train()
-        expected[name] = outcome(trainer)
+    # A process of its own that sees both GPUs takes one.
+    expected = run_straight(tmp_path)
     for job, name in JOBS.items():
         first, second = (torch.load(tmp_path / f"{job}-{rank}.pt", map_location="cuda:0") for rank in (0, 1))
         # float32, in sums of another order, which ten steps of Adam enlarge: a step may be 20 times as large.

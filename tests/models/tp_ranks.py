@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
 from flux_attention.generation import generate
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
+from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Dial
 from tests.models.tiny import CONFIG, SHAPE, make_prompts, mixed_route
 
@@ -47,6 +49,16 @@ MODELS = {
 ROUTERS = ("probe", "inline")
 
 
+@torch.no_grad()
+def decide_either_way(controller: FluxAttention, prompts: Sequence[Tensor]) -> None:
+    """A random router whose layers run half of these prompts full."""
+    router, pooled = controller.router, controller.probe(prompts)
+    router.fit_input_scale(pooled)
+    router.weights[-1].normal_(0, 1)
+    logits = router(pooled)
+    router.biases[-1][:, 1] += (logits[..., 0] - logits[..., 1]).median(1).values
+
+
 def make_folder(folder: Path, family: str) -> None:
     """Save a random model, and an adapter for each router input whose layers decide either way."""
     torch.manual_seed(0)
@@ -55,12 +67,7 @@ def make_folder(folder: Path, family: str) -> None:
     prompts = [prompt % 96 for prompt in make_prompts(*range(90, 106))]
     for router in ROUTERS:
         controller = attach(model, replace(CONFIG, router_input=router))
-        with torch.no_grad():
-            pooled = controller.probe(prompts)
-            controller.router.fit_input_scale(pooled)
-            controller.router.weights[-1].normal_(0, 1)
-            logits = controller.router(pooled)
-            controller.router.biases[-1][:, 1] += (logits[..., 0] - logits[..., 1]).median(1).values
+        decide_either_way(controller, prompts)
         save_adapter(folder / router, controller.config, controller.router.state_dict())
         detach(model)
 

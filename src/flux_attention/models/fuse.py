@@ -64,7 +64,7 @@ class Fusion:
         self.layers = [_Layer(controller, layer, index) for index, layer in enumerate(controller.decoder.layers)]
         self._changed: list[Any] = []
         for fused_layer in self.layers:
-            self._set(fused_layer.layer, fused_layer.on_its_device)
+            self._set(fused_layer.layer, self._on_its_device(fused_layer.forward))
             self._set(fused_layer.attention, fused_layer.attend)
         self._set_norm(controller.decoder.norm)
         head: Any = controller.model.get_output_embeddings()
@@ -81,10 +81,12 @@ class Fusion:
         run = self._on_its_device(lambda x: _own(module, x) if torch.is_grad_enabled() else fused.rms_norm(x, norm))
         self._set(module, run)
 
-    def _on_its_device(self, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def on_device(x: Tensor) -> Tensor:
-            with self.controller.on(x.device):
-                return run(x)
+    def _on_its_device(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`run`, whose kernels are launched where its input lies."""
+
+        def on_device(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            with self.controller.on(hidden_states.device):
+                return run(hidden_states, *args, **kwargs)
 
         return on_device
 
@@ -155,11 +157,6 @@ class _Layer:
     def gate_up(self) -> tuple[Tensor, Tensor]:
         """Weights of the MLP's two projections up."""
         return self.layer.mlp.gate_proj.weight, self.layer.mlp.up_proj.weight
-
-    def on_its_device(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`forward`, whose kernels are launched where the layer lies."""
-        with self.controller.on(hidden_states.device):
-            return self.forward(hidden_states, *args, **kwargs)
 
     def forward(
         self,

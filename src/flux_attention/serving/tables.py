@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
+from flux_attention.kernels.transfer import upload
 
 Ints = NDArray[np.int32]
 
@@ -95,7 +96,7 @@ class VirtualBatch:
             np.concatenate([self.query_starts, self.lengths, self.rows, self.gaps]).astype(np.int32)
         )
         # One copy for all that the device needs to know.
-        packed = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        packed = upload(host, device)
         query_starts, lengths, rows, gaps = packed.split([count + 1, count, count, count])
         column = torch.arange(-(-int(self.lengths.max(initial=1)) // size), dtype=torch.int32, device=device)
         source = column + torch.where(column < sinks, 0, gaps[:, None])
