@@ -110,7 +110,7 @@ def _router(impl: str, device: str, dtype: torch.dtype, hq: int, hk: int, dim: i
     yield from _compare("router", impl, logits, x, f"{dim}")
     # Programs of the interpreter take turns, so there one does all the work.
     programs = 1 if device == "cpu" else dim // 2
-    x = {"q": _random(40, hq * dim, device=device, dtype=dtype), **{n: t[1] for n, t in x.items() if n != "parts"}}
+    x = {"q": _random(40, hq * dim, device=device, dtype=dtype), **{n: t for n, t in x.items() if n != "parts"}}
     x |= {"index": torch.randint(0, 40, (2, 19), device=device), "weight": torch.rand(2, 19, device=device)}
     x["w"], arrivals = _random(dim, device=device, dtype=dtype), fused.decide_arrivals(torch.device(device))
     for normed in (True, False):
@@ -119,20 +119,15 @@ def _router(impl: str, device: str, dtype: torch.dtype, hq: int, hk: int, dim: i
             norm = _norm(t, "w") if normed else None
             weights, biases = ([t[f"{name}{j}"] for j in range(5)] for name in "wb")
             if i == "torch":
-                parts = fused.pool_queries(t["q"], t["index"], t["weight"], dim, norm, impl=i)
-                stacked = [[x[None] for x in group] for group in (weights, biases)]
+                parts = fused.pool_queries(t["q"], t["index"], t["weight"], dim, norm, impl=i).to(t["mean"].dtype)
+                one = [[x[2:] for x in group] for group in (weights, biases)]
                 silu = (True, False, True, True, False)
-                kind = t["mean"].dtype
-                return [
-                    fused.router_logits(
-                        parts.to(kind)[None], t["mean"][None], t["scale"][None], *stacked, silu, impl=i
-                    )[0]
-                ]
+                return [fused.router_logits(parts[None], t["mean"][2:], t["scale"][2:], *one, silu, impl=i)[0]]
             rest = {"arrivals": arrivals, "out": torch.full((2, 2), torch.nan, device=device), "programs": programs}
             # A second time: the counters are as they were.
             for _ in range(2):
                 found = fused.decide(
-                    t["q"], t["index"], t["weight"], dim, norm, t["mean"], t["scale"], weights, biases, **rest
+                    t["q"], t["index"], t["weight"], dim, norm, t["mean"], t["scale"], weights, biases, 2, **rest
                 )
             return [found]
 

@@ -193,7 +193,7 @@ def test_several_processes_measure_what_one_does(adapter, tmp_path):
     model, tokenizer = load_backbone(backbone)
     config = replace(LIGHT, batch_tokens=2000)
     found = {}
-    with Pool(2, PoolModel(str(backbone), torch.float32, "cpu", "auto")) as pool:
+    with Pool(2, PoolModel(str(backbone), torch.float32, ("cpu",), "auto")) as pool:
         for name, share in (("alone", None), ("pool", pool)):
             board = Board(model, tokenizer, [adapter], config, tmp_path / name, pool=share)
             cells = board.samples.test.cells
@@ -216,7 +216,7 @@ def test_several_processes_measure_what_one_does(adapter, tmp_path):
             for a, b in zip(records, theirs[cell], strict=True):
                 assert a.score == b.score and a.nll == pytest.approx(b.nll, abs=1e-4)
     with pytest.raises(ValueError, match="at least one process"):
-        Pool(0, PoolModel(str(backbone), torch.float32, "cpu", "auto"))
+        Pool(0, PoolModel(str(backbone), torch.float32, ("cpu",), "auto"))
 
 
 def test_time_is_kept(model, adapter, tmp_path, monkeypatch):

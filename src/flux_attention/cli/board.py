@@ -16,7 +16,7 @@ from flux_attention.evaluation.board import Board, run_board
 from flux_attention.evaluation.board_config import BoardConfig, prepare
 from flux_attention.evaluation.entrants import POLICIES
 from flux_attention.evaluation.metrics import Estimate
-from flux_attention.evaluation.pool import Pool, PoolModel
+from flux_attention.evaluation.pool import Pool, PoolModel, all_devices
 from flux_attention.evaluation.results import environment, write_json, write_results
 from flux_attention.evaluation.summary import Row, Summary, summarise
 from flux_attention.models.adapter import load_adapter
@@ -65,7 +65,7 @@ def run(
         if not only_report:
             known |= {"dtype": str(kind).removeprefix("torch."), "device_type": where.type}
             write_json(folder / "run.json", known)
-        source = PoolModel(model, kind, str(where), config.impl)
+        source = PoolModel(model, kind, all_devices(where), config.impl)
         # Other processes load while this one does.
         with Pool(config.processes, source) if config.processes > 1 and not only_report else nullcontext() as pool:
             backbone.to(where)

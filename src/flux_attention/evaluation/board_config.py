@@ -57,7 +57,7 @@ class BoardConfig:
         batch_tokens: tokens of a pass; results do not depend on it.
         impl: kernel implementation of prefill.
         workers: processes that make samples.
-        processes: that measure, sharing the device; results do not depend on it.
+        processes: that measure, on every visible GPU in turn; results do not depend on it.
         minutes: of wall clock after which the board stops between two passes; 0 = never.
     """
 

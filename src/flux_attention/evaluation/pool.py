@@ -1,4 +1,4 @@
-"""Batches measured by several processes that share a device.
+"""Batches measured by several processes that share a device, or several.
 
 A small model's passes are bound by the host that launches them: one process leaves most of a GPU idle. Each process
 here holds a model of its own and takes batches as it gets done; a result does not depend on who measured it.
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,13 +31,21 @@ class PoolModel:
 
     Attributes:
         name_or_path: as `load_backbone` takes it.
+        devices: processes take them in turn.
         impl: kernels of prefill.
     """
 
     name_or_path: str
     dtype: torch.dtype
-    device: str
+    devices: tuple[str, ...]
     impl: str
+
+
+def all_devices(device: torch.device) -> tuple[str, ...]:
+    """Every visible GPU for the one that is chosen when none is named, else `device` alone."""
+    if device.type == "cuda" and device.index is None:
+        return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    return (str(device),)
 
 
 class Pool:
@@ -53,7 +62,10 @@ class Pool:
         self.processes = processes
         # A forked process cannot use CUDA.
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(processes, context, _start, (model, threads))
+        places = context.SimpleQueue()
+        for i in range(processes):
+            places.put(model.devices[i % len(model.devices)])
+        self._executor = ProcessPoolExecutor(processes, context, _start, (model, places, threads))
 
     def __enter__(self) -> Self:
         return self
@@ -96,10 +108,13 @@ class _Process:
     controller: Any
 
 
-def _start(source: PoolModel, threads: int) -> None:
+def _start(source: PoolModel, places: SimpleQueue[str], threads: int) -> None:
     torch.set_num_threads(threads)
+    device = torch.device(places.get())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     _Process.source = source
-    _Process.model, _Process.tokenizer = load_backbone(source.name_or_path, source.dtype, source.device)
+    _Process.model, _Process.tokenizer = load_backbone(source.name_or_path, source.dtype, device)
 
 
 def _measure(

@@ -355,6 +355,7 @@ def decide(
     scale: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    layer: int,
     *,
     arrivals: Tensor,
     out: Tensor,
@@ -366,8 +367,9 @@ def decide(
 
     Args:
         q, index, weight, dim, norm: see `pool_queries`.
-        mean, scale: `[D]`.
-        weights, biases: the layer's five products, as in `LayerRouter`.
+        mean, scale, weights, biases: of all layers, as in `LayerRouter`; the launch reads one of them. A dozen views
+            would take the host as long as the launch.
+        layer: which one.
         arrivals: see `decide_arrivals`.
         out: float32 `[S, 2]` for the logits; the host's pinned memory will do, where they are once the launch is done.
         programs: a divisor of `4 * D`; in an interpreter, where programs take turns, 1.
@@ -391,6 +393,7 @@ def decide(
         work,
         arrivals,
         out,
+        layer,
         k,
         0.0 if norm is None else norm.eps,
         HQ=hq,

@@ -254,10 +254,10 @@ def _sum_of_parts(p_x, K: tl.constexpr, PARTS: tl.constexpr):
     return tl.sum(tl.load(p_x + o_p[:, None] * K + o_k[None, :], cache_modifier=".cg"), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def decide_kernel(
     p_q, p_index, p_token, p_norm, p_mean, p_scale, p_w0, p_b0, p_w1, p_b1, p_w2, p_b2, p_w3, p_b3, p_w4, p_b4,
-    p_work, p_count, p_out, k, eps,
+    p_work, p_count, p_out, layer, k, eps,
     HQ: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PROGRAMS: tl.constexpr,
     NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -267,10 +267,19 @@ def decide_kernel(
     and waits for the others in between; the last to finish takes the last product. Weights depend on nothing that is
     waited for, so they are on their way from the start.
 
-    `p_q [N, HQ * D]`, `p_index, p_token [S, k]`; weights of one layer of a `LayerRouter`; `p_work [S, PROGRAMS, 4, D]`;
+    `p_q [N, HQ * D]`, `p_index, p_token [S, k]`; a `LayerRouter`'s weights `[L, ...]`; `p_work [S, PROGRAMS, 4, D]`;
     `p_count` int32 `[S, 3]`, 0 before and after; `p_out [S, 2]`.
     """
     i, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    p_mean, p_scale = p_mean + layer * D, p_scale + layer * D
+    p_w0, p_b0, p_w1, p_b1 = (
+        p_w0 + layer * 8 * D * D,
+        p_b0 + layer * 8 * D,
+        p_w1 + layer * 16 * D * D,
+        p_b1 + layer * 2 * D,
+    )
+    p_w2, p_b2, p_w3, p_b3 = p_w2 + layer * 8 * D * D, p_b2 + layer * 4 * D, p_w3 + layer * 4 * D * D, p_b3 + layer * D
+    p_w4, p_b4 = p_w4 + layer * 2 * D, p_b4 + layer * 2
     N1: tl.constexpr = 8 * D // PROGRAMS
     N2: tl.constexpr = 4 * D // PROGRAMS
     o_d, o_2d = tl.arange(0, D), tl.arange(0, 2 * D)

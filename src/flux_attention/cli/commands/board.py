@@ -71,7 +71,8 @@ def board(
         int | None, typer.Option("--workers", help="Processes that make samples; by default one a core, 16 at most.")
     ] = None,
     processes: Annotated[
-        int, typer.Option("--processes", help="Processes that measure on the device, each with a model of its own.")
+        int,
+        typer.Option("--processes", help="Processes that measure, each with a model of its own, on all GPUs in turn."),
     ] = 1,
     device: Device = "auto",
     dtype: DType = "auto",
