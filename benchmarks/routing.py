@@ -171,11 +171,11 @@ def watched_layers(
     controller: FluxAttention, inline: Callable[[], Pass], static: Callable[[], Pass], record: Recorder
 ) -> None:
     """The same difference where it arises: before the first queries, between each layer's queries and its attention,
-    and behind the last attention.
+    and behind the last layer.
 
     What a whole pass takes moves by several milliseconds with the device's clocks, these parts of it do not. The rest,
-    from a layer's attention to the next one's queries, is the same launches in both passes. Only a host that is behind
-    could make it longer: `dry_after` counts the layers after which the device has nothing to do yet.
+    from a layer's attention to its end and the next one's queries, is the same launches in both passes. Only a host
+    that is behind could make it longer: `dry_after` counts the layers after which the device has nothing to do yet.
     """
     watches = [(watch_layers(controller, inline), watch_layers(controller, static)) for _ in range(WATCHED)]
     pairs = [a.own_ms - b.own_ms for a, b in watches]
@@ -196,9 +196,9 @@ class LayerWatch:
 
     Attributes:
         before_attention: milliseconds of the device from a layer's queries to its attention.
-        decide: milliseconds of the device from a layer's queries to its logits.
+        decide: milliseconds of the layer's own stream from its queries to its next product.
         idle: milliseconds of the device between a layer's rotary embedding and its attention.
-        before_first, behind_last: milliseconds of the device before the first queries, and from the last attention on.
+        before_first, behind_last: milliseconds of the device before the first queries, and behind the last layer.
         sparse: whether the layer is.
         waited, launched: seconds that the host waits for a decision, and from its arrival to the end of the launch.
             Of a pass that routes inline, as is what follows.
@@ -294,12 +294,15 @@ def watch_layers(controller: FluxAttention, run: Callable[[], Pass]) -> LayerWat
             watch.dry.append(events[-1][4].query())
         return out
 
+    ends: list[torch.cuda.Event] = []
+    hook = controller.decoder.norm.register_forward_pre_hook(lambda *_: ends.append(record_event()))
     vars(controller)["attend"] = watched_attend
     LayerPooling.pool, LayerPooling.decide = watched_pool, watched_decide
     LayerPrefill._decided, LayerPrefill.routed, LayerPrefill._sides = watched_decided, watched_routed, watched_sides
     try:
         whole = run()
     finally:
+        hook.remove()
         del vars(controller)["attend"]
         LayerPooling.pool, LayerPooling.decide = pool, decide
         LayerPrefill._decided, LayerPrefill.routed, LayerPrefill._sides = decided, routed, sides
@@ -307,9 +310,8 @@ def watch_layers(controller: FluxAttention, run: Callable[[], Pass]) -> LayerWat
         watch.before_attention.append(queries.elapsed_time(launch))
         watch.decide.append(queries.elapsed_time(logits))
         watch.idle.append(rotary.elapsed_time(launch))
-    # A pass that is given its route has no event behind its attention: the launch in front of it is the same.
     watch.before_first = whole.events[0].elapsed_time(events[0][0])
-    watch.behind_last = events[-1][3].elapsed_time(whole.events[1])
+    watch.behind_last = ends[0].elapsed_time(whole.events[1])
     return watch
 
 

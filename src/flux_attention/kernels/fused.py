@@ -329,6 +329,9 @@ def router_logits(
 
 #: Tokens that one program of `decide` pools at most, and the most programs it takes.
 _MOST_TOKENS, _MOST_PROGRAMS = 8, 128
+#: Programs a sequence by head dim: more would be done sooner and take more of the device from what runs beside them;
+#: of fewer, a program's share of the weights would not fit into its registers.
+_PROGRAMS = {64: 32, 128: 32, 256: 128}
 
 
 def decide_arrivals(device: torch.device) -> Tensor:
@@ -338,9 +341,9 @@ def decide_arrivals(device: torch.device) -> Tensor:
 
 def decides(q: Tensor, index: Tensor, dim: int) -> bool:
     """Whether `decide` takes these: on a GPU that runs all its programs at once, and heads that divide its work."""
-    if not q.is_cuda or dim not in (64, 128, 256):
+    if not q.is_cuda or dim not in _PROGRAMS:
         return False
-    (rows, k), programs = index.shape, dim // 2
+    (rows, k), programs = index.shape, _PROGRAMS[dim]
     at_once = min(_MOST_PROGRAMS, torch.cuda.get_device_properties(q.device).multi_processor_count)
     return 0 < rows * programs <= at_once and k <= programs * _MOST_TOKENS
 
@@ -379,7 +382,7 @@ def decide(
     from flux_attention.kernels import fused_triton as kernels
 
     q, (rows, k), hq = q.contiguous(), index.shape, q.shape[1] // dim
-    programs = programs or dim // 2
+    programs = programs or _PROGRAMS[dim]
     work = torch.empty(rows, programs, 4, dim, dtype=torch.float32, device=q.device)
     overlap = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     kernels.decide_kernel[(programs, rows)](

@@ -72,10 +72,10 @@ class LayerPooling:
     def pool(self, layer: int, queries: Tensor, norm: Norm | None) -> None:
         """Pool a fused layer's queries before the rotary embedding, `[N, Hq * D]`: for a probe, or to route inline.
 
-        An inline decision is made in line with the layer, by one short launch behind the queries that writes to the
-        host's memory. Beside the other projections it would wait for one of them: a product's blocks hold the whole
-        device until it is done. So the decision has two projections and the rotary embedding to reach the host, and the
-        host to launch what it has ready by then.
+        An inline decision is one launch of few programs that writes to the host's memory. It begins as the queries are
+        done, before the next projection, on a stream that comes first, and the projection takes the rest of the device:
+        a product's blocks hold what they have until it is done. So the decision has two projections and the rotary
+        embedding to reach the host, and the host to launch what it has ready by then.
         """
         controller = self._controller
         step = controller._step
@@ -90,9 +90,14 @@ class LayerPooling:
         if decides(queries, plan.index, backbone.head_dim):
             if self._arrivals is None or self._arrivals.device != queries.device:
                 self._arrivals = decide_arrivals(queries.device)
-            host = torch.empty(plan.index.shape[0], 2, pin_memory=True)
-            controller.router.decide(queries, plan, norm, layer, arrivals=self._arrivals, out=host)
-            step.decisions[layer] = host, torch.cuda.current_stream(queries.device).record_event()
+            host, own = torch.empty(plan.index.shape[0], 2, pin_memory=True), torch.cuda.current_stream(queries.device)
+            with self._beside(step, queries):
+                side = torch.cuda.current_stream(queries.device)
+                ready = side.record_event()
+                controller.router.decide(queries, plan, norm, layer, arrivals=self._arrivals, out=host)
+                step.decisions[layer] = host, side.record_event()
+            # Without this the next product would be there first, and the decision would wait for its blocks.
+            own.wait_event(ready)
             return
         parts = pool_queries(queries, plan.index, plan.weight, backbone.head_dim, norm)
         logits = controller.router.from_parts(parts, layer)
