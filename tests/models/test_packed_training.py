@@ -1,5 +1,6 @@
 """Training over packs: the same gradients as documents alone, recomputed or not, whatever the vocabulary."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -299,6 +300,18 @@ def test_compiled_layers_give_the_same_gradients(family):
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
     assert_same(actual, wanted)
     assert not any("forward" in vars(m) for m in controller.model.modules())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor builds for a processor with g++")
+def test_compiled_layers_round_where_the_model_does():
+    # A teacher's passes are not compiled: what its student rounds elsewhere would be in the difference of the two.
+    controller = attach_tiny("probe", "qwen3")
+    layer = controller.decoder.layers[0].bfloat16()
+    x = torch.randn(1, 50, controller.decoder.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    expected = layer.input_layernorm(x), layer.mlp(x)
+    with compiled_layers(controller):
+        found = layer.input_layernorm(x), layer.mlp(x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_last_product_is_not_computed_again():
