@@ -27,6 +27,7 @@ from transformers.generation import (
 
 from flux_attention.cache import FluxCache, MemoryReport, PagePool, cache_argument
 from flux_attention.kernels import paged_decode
+from flux_attention.kernels.capture import capture
 from flux_attention.models.attach import attached
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.layout import Layout
@@ -160,21 +161,12 @@ class _Decoder:
     def _capture(self) -> None:
         from flux_attention.kernels.overlap import overlapping
 
-        with overlapping(self.controller.overlap):
-            self._capture_step()
-
-    def _capture_step(self) -> None:
-        # A warm-up on a side stream compiles kernels and fills caches; it writes the token it is about to decode,
-        # which the first replay writes again.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        def run() -> None:
             self.logits = self._forward()
+
+        # A warm-up writes the token it is about to decode, which the first replay writes again.
+        with overlapping(self.controller.overlap):
+            self.graph = capture(run, self.controller.device, warm_up=2)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, `[B]`; returns logits `[B, V]` of the next."""

@@ -308,14 +308,22 @@ README_TABLES: dict[str, tuple[tuple[str, str], ...]] = {
     "serving": (
         ("time to first token, 131,072 tokens, ¾ of the layers sparse", "vllm_ttft_128k_q75"),
         ("time per token after it", "vllm_tpot_128k_q75"),
-        ("throughput at equal memory, 131,072 tokens, two at once", "vllm_throughput_128k_c2"),
-        ("… four at once", "vllm_throughput_128k_c4"),
+        ("throughput at equal memory, 131,072 tokens, four at once", "vllm_throughput_128k_c4"),
         ("… sixteen at once", "vllm_throughput_128k_c16"),
         ("time to first token, 32,768 tokens", "vllm_ttft_32k_q75"),
         ("throughput at equal memory, 32,768 tokens, four at once", "vllm_throughput_32k_c4"),
         ("… sixteen at once", "vllm_throughput_32k_c16"),
         ("2,048 tokens, which gain nothing: routed time over dense", "vllm_overhead_2k"),
         ("what a probe adds to the time to first token", "vllm_probe_ms"),
+    ),
+    "serving-two-gpus": (
+        ("time to first token, 131,072 tokens, ¾ of the layers sparse", "vllm_ttft_128k_q75_tp2"),
+        ("time per token after it", "vllm_tpot_128k_q75_tp2"),
+        ("throughput at equal memory, 131,072 tokens, four at once", "vllm_throughput_128k_c4_tp2"),
+        ("time to first token, 32,768 tokens", "vllm_ttft_32k_q75_tp2"),
+        ("throughput at equal memory, 32,768 tokens, sixteen at once", "vllm_throughput_32k_c16_tp2"),
+        ("2,048 tokens, which gain nothing: routed time over dense", "vllm_overhead_2k_tp2"),
+        ("what a probe adds to the time to first token", "vllm_probe_ms_tp2"),
     ),
     "training": (
         *(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux_attention.kernels.capture import capture
 from flux_attention.kernels.dispatch import UnsupportedKernelError, importable, triton_interprets
 
 
@@ -559,11 +560,7 @@ def tune_vectors(kind: str, weights: list[Tensor], run: Callable[[int, VectorCon
             run(0, config)
         except OutOfResources:
             continue
-        torch.cuda.synchronize(weights[0].device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(len(weights)):
-                run(i, config)
+        graph = capture(lambda c=config: [run(i, c) for i in range(len(weights))], weights[0].device)  # type: ignore[misc]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
         graph.replay()
         start.record()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flux_attention.kernels.capture import capture
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -228,18 +230,18 @@ def tune(
         return _TUNED[key]
     best: tuple[float, DecodeConfig] | None = None
     out = torch.empty_like(q)
+
+    def decode(config: DecodeConfig) -> Tensor:
+        return paged_decode_triton(q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config)
+
     for config in configs if configs is not None else candidates(q):
         try:
             for _ in range(2):
-                paged_decode_triton(q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config)
+                decode(config)
         except OutOfResources:
             continue
         # A graph, as in use: the host's launch cost would otherwise hide the differences.
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(q.device)
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                paged_decode_triton(q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config)
+        graph = capture(lambda config=config: [decode(config) for _ in range(repeats)], q.device)  # type: ignore[misc]
         graph.replay()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

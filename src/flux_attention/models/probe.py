@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from flux_attention.kernels.capture import capture
 from flux_attention.models.layout import Layout
 from flux_attention.models.pooling import ProbeDoneError
 from flux_attention.models.step import Step
@@ -126,17 +127,7 @@ class ProbeGraphs:
             found = _run(controller, ids.to(controller.device, non_blocking=True), step)
             shares.copy_(controller.router.from_parts(found).softmax(-1), non_blocking=True)
 
-        stream = torch.cuda.Stream(controller.device)
-        stream.wait_stream(torch.cuda.current_stream(controller.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream(controller.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-
-        return _Replay(ids, graph, shares, step, controller.device)
+        return _Replay(ids, capture(run, controller.device, warm_up=2), shares, step, controller.device)
 
 
 @dataclass(frozen=True)
