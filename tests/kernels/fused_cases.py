@@ -109,7 +109,7 @@ def _router(impl: str, device: str, dtype: torch.dtype, hq: int, hk: int, dim: i
 
     yield from _compare("router", impl, logits, x, f"{dim}")
     # Programs of the interpreter take turns, so there one does all the work.
-    programs = 1 if device == "cpu" else dim // 2
+    programs = 1 if device == "cpu" else fused._PROGRAMS.get(dim, dim // 2)
     x = {"q": _random(40, hq * dim, device=device, dtype=dtype), **{n: t for n, t in x.items() if n != "parts"}}
     x |= {"index": torch.randint(0, 40, (2, 19), device=device), "weight": torch.rand(2, 19, device=device)}
     x["w"], arrivals = _random(dim, device=device, dtype=dtype), fused.decide_arrivals(torch.device(device))
