@@ -100,12 +100,7 @@ def consecutive_ms(step: Callable[[], Any], device: torch.device, steps: int) ->
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     """`run` as a replay of a CUDA graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return capture(run, torch.device("cuda", torch.cuda.current_device()), warm_up=1).replay
 
 
 def label(n: int) -> str:
