@@ -30,6 +30,7 @@ from flux_attention.evaluation.results import (  # noqa: E402
     results_path,
     write_results,
 )
+from flux_attention.kernels.capture import capture  # noqa: E402
 
 
 def add_run_options(parser: argparse.ArgumentParser, tiny: str = "toy sizes, to try the program itself") -> None:

@@ -292,7 +292,7 @@ README_TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mean sparsity Ω over the suite", "board_mean_sparsity"),
         ("mean Ω of holistic tasks less that of retrieval tasks", "board_class_sparsity_gap"),
         (
-            "macro points over the best static choice, of layers or KV heads, at equal Ω",
+            "macro points over the best static choice (layers, KV heads) at equal Ω",
             "board_margin_over_best_static",
         ),
     ),
