@@ -26,7 +26,7 @@ from flux_attention.evaluation.entrants import (
     omega_of,
 )
 from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batches
-from flux_attention.evaluation.pool import Pool, PoolModel
+from flux_attention.evaluation.pool import Pool, PoolModel, all_devices
 from flux_attention.evaluation.runner import Record, RunOptions, run_samples
 from flux_attention.evaluation.summary import cell_scores, summarise
 from flux_attention.models.adapter import Adapter
@@ -217,6 +217,13 @@ def test_several_processes_measure_what_one_does(adapter, tmp_path):
                 assert a.score == b.score and a.nll == pytest.approx(b.nll, abs=1e-4)
     with pytest.raises(ValueError, match="at least one process"):
         Pool(0, PoolModel(str(backbone), torch.float32, ("cpu",), "auto"))
+
+
+def test_processes_take_every_gpu_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert all_devices(torch.device("cuda")) == ("cuda:0", "cuda:1", "cuda:2")
+    assert all_devices(torch.device("cuda:1")) == ("cuda:1",)
+    assert all_devices(torch.device("cpu")) == ("cpu",)
 
 
 def test_time_is_kept(model, adapter, tmp_path, monkeypatch):
