@@ -229,7 +229,7 @@ class Table:
         """The table in Markdown, numbers to the right."""
         lines = ["| " + " | ".join(self.head) + " |", "|---" + "|---:" * (len(self.head) - 1) + "|"]
         for i, row in enumerate(self.rows):
-            cells = [f"**{cell}**" for cell in row] if i == self.strong else row
+            cells = [f"**{cell}**" if cell else "" for cell in row] if i == self.strong else row
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 

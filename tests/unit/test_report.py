@@ -63,8 +63,8 @@ def test_page_is_self_contained_and_escapes():
 
 
 def test_markdown_table():
-    table = Table(("", "value"), [("a", "1"), ("b", "2")], strong=1)
-    assert table.markdown() == "|  | value |\n|---|---:|\n| a | 1 |\n| **b** | **2** |"
+    table = Table(("", "value", "lead"), [("a", "1", "2"), ("b", "2", "")], strong=1)
+    assert table.markdown() == "|  | value | lead |\n|---|---:|---:|\n| a | 1 | 2 |\n| **b** | **2** |  |"
 
 
 RESULTS = {
