@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flux_attention.data import Sample, make_samples
-from flux_attention.evaluation import results, suites
+from flux_attention.evaluation import results, runner, suites
 from flux_attention.evaluation.metrics import Estimate
 from flux_attention.evaluation.results import Figure
 from flux_attention.evaluation.runner import Record, RunOptions, evaluate, kv_share, run_samples
@@ -70,6 +70,13 @@ def test_batches_change_nothing(controller, tokenizer, samples, policy, scoring)
         else:
             other = replace(other, p_full=one.p_full)
         assert one == other
+
+
+def test_logits_are_scored_in_parts(controller, tokenizer, samples, monkeypatch):
+    options = RunOptions(batch_size=len(samples), scoring="forced")
+    whole = run_samples(controller, tokenizer, samples, options=options)
+    monkeypatch.setattr(runner, "_SCORED", 1)
+    assert run_samples(controller, tokenizer, samples, options=options) == whole
 
 
 def test_only_the_prompt_is_routed(controller, tokenizer, samples):

@@ -201,13 +201,21 @@ def _batches(samples: Sequence[Sample], options: RunOptions) -> Iterator[list[Sa
         yield batch
 
 
+#: Answer tokens whose logits are scored at once: 0.4 GB of them in float32, at a vocabulary of 50,000.
+_SCORED = 2048
+
+
 def _forced(controller: FluxAttention, batch: Sequence[Sample]) -> list[Record]:
     logits, targets = forced_logits(controller, batch)
-    log_p = torch.cat(logits).float().log_softmax(-1)
-    target = torch.cat(targets)
+    parts = []
+    # Float32 logits of a whole pass of running text would be several times what the model needs.
+    step = max(1, _SCORED // max(map(len, targets)))
+    for first in range(0, len(batch), step):
+        log_p = torch.cat(logits[first : first + step]).float().log_softmax(-1)
+        target = torch.cat(targets[first : first + step])
+        parts.append((-log_p.gather(-1, target[:, None])[:, 0], log_p.argmax(-1) == target))
     # One copy to the host for each kind of result.
-    losses = -log_p.gather(-1, target[:, None])[:, 0].cpu()
-    right = (log_p.argmax(-1) == target).cpu()
+    losses, right = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     route = controller.last_route
     assert route is not None
     records, start = [], 0
