@@ -272,13 +272,10 @@ def decide_kernel(
     """
     i, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p_mean, p_scale = p_mean + layer * D, p_scale + layer * D
-    p_w0, p_b0, p_w1, p_b1 = (
-        p_w0 + layer * 8 * D * D,
-        p_b0 + layer * 8 * D,
-        p_w1 + layer * 16 * D * D,
-        p_b1 + layer * 2 * D,
-    )
-    p_w2, p_b2, p_w3, p_b3 = p_w2 + layer * 8 * D * D, p_b2 + layer * 4 * D, p_w3 + layer * 4 * D * D, p_b3 + layer * D
+    p_w0, p_b0 = p_w0 + layer * 8 * D * D, p_b0 + layer * 8 * D
+    p_w1, p_b1 = p_w1 + layer * 16 * D * D, p_b1 + layer * 2 * D
+    p_w2, p_b2 = p_w2 + layer * 8 * D * D, p_b2 + layer * 4 * D
+    p_w3, p_b3 = p_w3 + layer * 4 * D * D, p_b3 + layer * D
     p_w4, p_b4 = p_w4 + layer * 2 * D, p_b4 + layer * 2
     N1: tl.constexpr = 8 * D // PROGRAMS
     N2: tl.constexpr = 4 * D // PROGRAMS
