@@ -506,21 +506,31 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - _BEGAN:6.1f} s] {text}", flush=True)
 
 
-def gpu_check(folder: Path, ranks: int) -> dict[str, float]:
+class Checked:
     """A small model on the GPU's kernels and graphs: routed requests may err as much as dense ones, against float32.
 
-    With `ranks` > 1 a tensor parallel engine, whose ranks must decide alike.
+    The cases of `exactness`, as far as bfloat16 allows them: there, greedy tokens may differ from float32's, so the
+    log-probabilities of the tokens that the engine chose are compared.
+
+    Args:
+        folder: for the model and its adapter.
+        ranks: more than one: a tensor parallel engine, whose ranks must decide alike.
     """
-    reference = harness.tiny(
-        "qwen3",
-        folder,
-        head_dim=128,
-        config=replace(harness.TINY_CONFIG, sink_tokens=128, window_tokens=128, block_tokens=128),
-    )
-    ids = random_ids(4000)
-    with Engines() as engines:
+
+    #: Blocks of the pool: the mixed batch stays (288 if all of it ran dense), a batch at an edge does not (512).
+    BLOCKS = 240
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        config = replace(harness.TINY_CONFIG, sink_tokens=128, window_tokens=128, block_tokens=128)
+        self.reference = harness.tiny("qwen3", folder, head_dim=128, config=config)
+        self.found: dict[str, dict[str, list[Tensor]]] = {}
+        self.notes: dict[str, float] = {}
+        self._ranks = ranks
+
+    def run(self, engines: Engines) -> None:
+        """Raises RuntimeError or AssertionError where anything is not as it should be."""
         llm = engines.start(
-            reference,
+            self.reference,
             on_cpu=not torch.cuda.is_available(),
             dtype="bfloat16",
             enforce_eager=False,
@@ -528,54 +538,115 @@ def gpu_check(folder: Path, ranks: int) -> dict[str, float]:
             max_num_seqs=16,
             max_num_batched_tokens=256,
             max_model_len=1024,
+            enable_prefix_caching=True,
+            num_gpu_blocks_override=self.BLOCKS,
             # Next to nothing: another engine follows in this process.
             kv_cache_memory_bytes=256 << 20,
             gpu_memory_utilization=0.1,
             worker_cls=WORKER,
-            **parallel(ranks),
+            **parallel(self._ranks),
         )
-        lengths = (500, 96, 700, 300, 97, 640, 333, 257) * 2
-        asks = mixed_asks(reference, ids, lengths, tokens=150)
-        outputs = generate(llm, asks)
-        if ranks > 1:
+        if self._ranks > 1:
             KEPT.append(llm)
-        say(f"{len(outputs)} requests answered; probes captured for {llm.collective_rpc('rank_graphs')} prompts")
-        if ranks > 1:
-            say(f"{ranks_agree(llm, reference.controller.config.pool_tokens, 259)} decisions are alike on all ranks")
+        ids = random_ids(4000)
+        asks = mixed_asks(self.reference, ids, (500, 96, 700, 300, 97, 640, 333, 257) * 2, tokens=150)
+        self._compare("chunked", llm, asks)
+        say(f"{len(asks)} requests answered; probes captured for {llm.collective_rpc('rank_graphs')} prompts")
+        if sum(harness.preemptions(llm)):
+            raise RuntimeError("the pool is too small for the mixed batch")
+        warm = self._compare("warm_prefix_cache", llm, asks)
+        self.notes["cached_tokens"] = sum(output.num_cached_tokens for output in warm)
+        if not self.notes["cached_tokens"]:
+            raise RuntimeError("no request found its prefix in the cache")
+        engine = llm.llm_engine
+        for i, ask in enumerate(asks):
+            engine.add_request(f"gone-{i}", {"prompt_token_ids": list(ask.prompt[::-1])}, ask.parameters())
+        for _ in range(3):
+            engine.step()
+        engine.abort_request([f"gone-{i}" for i in range(len(asks))])
+        self._compare("after_aborts", llm, asks)
+        # Four tokens below a block boundary: all of them want more blocks at the same step.
+        edge = [replace(ask, prompt=tuple(ids[i * 97 : i * 97 + 764])) for i, ask in enumerate(asks)]
+        self._compare("preempted", llm, edge)
+        self.notes["preemptions"] = sum(harness.preemptions(llm))
+        if not self.notes["preemptions"]:
+            raise RuntimeError("the pool was large enough for all: nothing was preempted")
+        self.notes["aborted"] = harness.random_traffic(llm, requests=500)
+        say(f"500 random requests, {self.notes['aborted']} of them aborted, leave nothing")
+        self._compare("after_traffic", llm, asks)
+        if self._ranks > 1:
+            pool_tokens = self.reference.controller.config.pool_tokens
+            self.notes["decisions_alike"] = ranks_agree(llm, pool_tokens, vocabulary=259)
+            say(f"{self.notes['decisions_alike']} decisions are alike on all ranks")
+
+    def errors(self) -> dict[str, float]:
+        """Mean distance from float32, nat a token: of dense requests, of routed ones, and what the mask matters.
+
+        Raises:
+            RuntimeError: routed requests of a case err more than dense ones may.
+        """
+        kinds = ("dense", "sparse", "mask")
+        together = {kind: self._mean([part for case in self.found.values() for part in case[kind]]) for kind in kinds}
+        for case, parts in self.found.items():
+            error = self._mean(parts["sparse"])
+            self.notes[f"{case}_sparse"] = error
+            if error > 2 * together["dense"]:
+                raise RuntimeError(f"{case}: routed requests differ from the transformers path: {error}, {together}")
+        if together["mask"] < 4 * together["sparse"]:
+            raise RuntimeError(f"the check could not see a wrong mask: {together}")
+        return together
+
+    @staticmethod
+    def _mean(parts: Sequence[Tensor]) -> float:
+        return float(torch.cat(list(parts)).abs().mean())
+
+    def _compare(self, case: str, llm: Any, asks: Sequence[Ask]) -> list[Any]:
+        outputs = generate(llm, asks)
         found: dict[str, list[Tensor]] = {"dense": [], "sparse": [], "mask": []}
         for ask, output in zip(asks, outputs, strict=True):
             tokens = list(output.outputs[0].token_ids)
             chosen = torch.tensor(tokens)[:, None]
             sparse = output.kv_transfer_params["flux"]["sparse_layers"]
-            expected = reference.logprobs(ask.prompt, tokens, sparse).gather(1, chosen)[:, 0]
+            expected = self.reference.logprobs(ask.prompt, tokens, sparse).gather(1, chosen)[:, 0]
             steps = zip(output.outputs[0].logprobs, tokens, strict=True)
             ours = torch.tensor([step[token].logprob for step, token in steps])
             found["sparse" if sparse else "dense"].append(ours - expected)
             if sparse and len(ask.prompt) > 256:
                 # What the mask matters: with too little of it the check could not fail.
-                found["mask"].append(reference.logprobs(ask.prompt, tokens, ()).gather(1, chosen)[:, 0] - expected)
+                found["mask"].append(self.reference.logprobs(ask.prompt, tokens, ()).gather(1, chosen)[:, 0] - expected)
         if free_blocks(llm)[0] != free_blocks(llm)[1]:
-            raise RuntimeError("blocks are missing")
-    errors = {name: float(torch.cat(parts).abs().mean()) for name, parts in found.items()}
-    if errors["sparse"] > 2 * errors["dense"] or errors["mask"] < 4 * errors["sparse"]:
-        raise RuntimeError(f"routed requests differ from the transformers path: {errors}")
-    return errors
+            raise RuntimeError(f"{case}: blocks are missing")
+        self.found[case] = found
+        return outputs
+
+
+def gpu_check(folder: Path, ranks: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Runs `Checked`: its errors, and what it counted."""
+    checked = Checked(folder, ranks)
+    if ranks > 1:
+        # Never stopped: see `KEPT`.
+        checked.run(Engines())
+    else:
+        with Engines() as engines:
+            checked.run(engines)
+    return checked.errors(), checked.notes
 
 
 def check(recorder: Recorder) -> None:
     """`gpu_check`, beside the figures that rest on it."""
     if (ranks := recorder.settings["tensor_parallel"]) > 1:
-        errors = checked_apart(ranks)
+        errors, notes = checked_apart(ranks)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            errors = gpu_check(Path(folder), ranks)
+            errors, notes = gpu_check(Path(folder), ranks)
         # Its engine's last references; the next one is to have the device.
         gc.collect()
+    recorder.note("check", notes)
     for name, value in errors.items():
         recorder.add(f"vllm_gpu_check_{name}", value, "nat")
 
 
-def checked_apart(ranks: int) -> dict[str, float]:
+def checked_apart(ranks: int) -> tuple[dict[str, float], dict[str, float]]:
     """`gpu_check` in a process of its own: see `KEPT`. Raises RuntimeError when it fails there."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -583,12 +654,12 @@ def checked_apart(ranks: int) -> dict[str, float]:
     process.start()
     there.close()
     try:
-        errors: dict[str, float] = here.recv()
+        found: tuple[dict[str, float], dict[str, float]] = here.recv()
     except EOFError:
         raise RuntimeError("the check failed in its process; see above") from None
     finally:
         process.join()
-    return errors
+    return found
 
 
 def _check_and_leave(ranks: int, connection: Any) -> None:
