@@ -9,7 +9,7 @@ layers to make sparse long before it finds *which* layers, and stays behind a we
 are ranked first, and the router learns when to use which ranking.
 
 1. probe      pooled queries of some thousand prompts (200 tokens each), whitening of the router's input
-2. search     per group of tasks, what each layer costs the right answer, by Thompson sampling over whole routes
+2. search     per group of tasks, what each layer costs the right answer: slopes of the loss in its gate
 3. fit        routers against "the layers that this prompt's group can spare", on the cached features
 4. gates      (optional, --gate-steps) the published way: loss through sampled gates, Lagrangian on Ω
 5. evaluate   the reloaded adapter beside dense and the static splits, on held-out text
@@ -55,7 +55,7 @@ from flux_attention.training.features import FeatureDataset, pooled_queries
 from flux_attention.training.groups import Group, agreement, class_target, group_targets, largest_sparsity
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import initialise_bias
-from flux_attention.training.route_search import LayerCosts, combined, race_routes, search_routes
+from flux_attention.training.route_search import LayerCosts, search_routes
 from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_state
 
 #: Kinds of need: finding what a sentence says, following variables and tables, a module's gist, going on with code or
@@ -64,7 +64,7 @@ from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_
 #: that is asked for, nor well one needle from several: needles of all kinds share a group.
 DEFAULT_GROUPS = (
     "needles:0.667:niah*,needle_interview" + 4 * ",open_question" + ":niah_single_2,niah_multikey_1",
-    "lookups:0.667:variable*,kv*,passage_count:needle_interview,needle_interview,needle_interview,variable_copies",
+    "lookups:0.667:variable*,kv*,passage_count:needle_interview,variable_copies",
     "summary:0.9:module_summary,open_request,open_request:=lookups",
     "code:0.85:code_completion:code_second_half,prose_second_half",
     "prose:0.867:prose_continuation:=code",
@@ -99,24 +99,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--prepare", action="store_true", help="only make that file, which needs no GPU")
     add("--fit-prompts", type=int, default=4200, help="prompts whose features the router is fitted on")
     add("--features", type=Path, help="file that keeps the probes' pooled queries from one run to the next")
-    add("--search-samples", type=int, nargs="+", default=[64], help="one or one a group")
+    add("--search-samples", type=int, nargs="+", default=[128, 64, 0, 48, 0, 64, 0], help="one or one a group")
     add("--search-lengths", type=int, nargs="+", default=[4096, 4096, 0, 3072, 0, 2048, 0], help="one or one a group")
     add(
         "--measurements",
         type=int,
         nargs="+",
-        default=[1200, 1200, 0, 600, 0, 500, 0],
-        help="routed passes, one or one a group",
+        default=[832, 512, 0, 448, 0, 448, 0],
+        help="passes with gradients, one or one a group",
     )
-    add("--race", type=int, default=0, help="routes of the first group that race on its samples at the end")
-    add(
-        "--costs",
-        type=Path,
-        help="searches of earlier runs (results, or a file of many): groups of their names are not searched again",
-    )
+    add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
     add("--target-samples", type=int, default=16, help="samples a task that targets such as 98%% are found on")
     add("--target-lengths", type=int, nargs="+", default=[4096, 8000], help="tokens of them")
-    add("--search-batch", type=int, default=64, help="routed passes between two looks at what they say")
+    add("--search-batch", type=int, default=16, help="measurements between two looks at what they say")
     add("--softness", type=float, default=0.2, help="of the targets around the budget, in ranks")
     add("--retrieval-weight", type=float, default=6.0, help="what a retrieval prompt counts, another one counts 1")
     add("--fit-steps", type=int, default=800)
@@ -133,6 +128,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--gumbel-noise", action="store_true", help="sample gates (the paper's way)")
     add("--minutes-budget", type=float, default=10.0, help="the phase through gates is cut to stay within")
     add("--batch-tokens", type=int, default=65536, help="most tokens of a measuring pass")
+    add("--gradient-tokens", type=int, default=32768, help="most tokens of one with gradients, a megabyte each")
     add("--static-shares", type=float, nargs="*", default=[0.7, 0.8, 0.9], help="Ω of the static splits compared with")
     add("--eval-samples", type=int, default=48)
     add("--eval-length", type=int, default=4096)
@@ -153,9 +149,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             "search_lengths": [1200],
             "target_samples": 1,
             "target_lengths": [1200],
-            "measurements": [32],
-            "search_batch": 16,
-            "race": 2,
+            "measurements": [8],
+            "search_batch": 4,
+            "gradient_tokens": 2400,
             "fit_steps": 40,
             "fit_batch": 32,
             "gate_steps": min(options.gate_steps, 2),
@@ -238,14 +234,11 @@ def probe(controller: FluxAttention, samples: list[Sample], path: Path | None, c
 
 
 def rank_group(
-    controller: FluxAttention,
-    group: Group,
-    samples: list[Sample],
-    known: Sequence[LayerCosts],
-    options: argparse.Namespace,
+    controller: FluxAttention, group: Group, samples: list[Sample], options: argparse.Namespace
 ) -> tuple[LayerCosts, dict[str, int]]:
     """What the group's layers cost, and how many samples of each task that rests on."""
-    meter = DamageMeter(controller, samples, batch_tokens=options.batch_tokens, teacher=False)
+    sizes = {"batch_tokens": options.batch_tokens, "gradient_tokens": options.gradient_tokens}
+    meter = DamageMeter(controller, samples, **sizes, teacher=False)
     # What the dense model is far from answering says little about which layers retrieve.
     meter = meter.subset(meter.within_reach())
     used = Counter(sample.task for sample in meter.samples)
@@ -255,42 +248,25 @@ def rank_group(
         options.measurements[group.name],
         batch=options.search_batch,
         seed=options.seed,
-        known=[costs.mean for costs in known],
         watch=lambda row: print(
             f"  {group.name}: {row['measured']:.0f} routes, Ω {row['sparsity']:.2f}, loss over dense {row['loss']:.4f}",
             flush=True,
         ),
     )
-    if options.race and not known:
-        found = race_routes(
-            meter,
-            found,
-            group.target,
-            routes=options.race,
-            seed=options.seed,
-            watch=lambda row: print(
-                f"  {group.name}: {row['left']:.0f} routes left after {row['samples']:.0f} samples, loss "
-                f"{row['loss']:.4f}",
-                flush=True,
-            ),
-        )
     print(f"  {group.name}: {found.order} from {dict(used)}", flush=True)
     return found, dict(used)
 
 
-def earlier_searches(path: Path | None, cost: CostMeter) -> dict[str, list[LayerCosts]]:
-    """Costs of groups that an earlier run found, or several; what was spent then was spent for this adapter."""
+def earlier_searches(path: Path | None, cost: CostMeter) -> dict[str, LayerCosts]:
+    """Costs of groups that an earlier run found; what was spent then was spent for this adapter."""
     if path is None:
         return {}
     run = json.loads(path.read_text())
-    rows = run.get("searches") or [{"group": name, **row} for name, row in run["rankings"].items()]
-    cost.add("search", **run.get("phases", {}).get("search", {}))
-    found: dict[str, list[LayerCosts]] = {}
-    for row in rows:
-        costs, deviations = torch.tensor(row["costs"]), torch.tensor(row["deviations"])
-        known = LayerCosts(costs, deviations, row.get("curve", []), raced=tuple(row.get("raced", ())))
-        found.setdefault(row["group"], []).append(known)
-    return found
+    cost.add("search", **run["phases"].get("search", {}))
+    return {
+        name: LayerCosts(torch.tensor(row["costs"]), torch.tensor(row["deviations"]), row["curve"])
+        for name, row in run["rankings"].items()
+    }
 
 
 def find_targets(
@@ -333,16 +309,14 @@ def search(
             continue
         with cost.phase("search"):
             if group.name in earlier:
-                found, used = combined(earlier[group.name]), {}
+                found, used = earlier[group.name], {}
             else:
-                samples = made[f"search:{group.name}"]
-                found, used = rank_group(controller, group, samples, list(rankings.values()), options)
+                found, used = rank_group(controller, group, made[f"search:{group.name}"], options)
         rankings[group.name] = found
         log[group.name] = {
             "order": found.order,
             "costs": [round(float(x), 5) for x in found.mean],
             "deviations": [round(float(x), 5) for x in found.deviation],
-            "raced": list(found.raced),
             "samples": used,
             "curve": found.curve,
         }

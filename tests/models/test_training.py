@@ -41,8 +41,8 @@ def make_samples(count, seed=0, shortest=70, longest=150):
     return found
 
 
-def attach_tiny(router_input="probe", family="llama"):
-    model = make_model(family)
+def attach_tiny(router_input="probe", family="llama", dtype=torch.float32):
+    model = make_model(family).to(dtype)
     controller = attach(model, replace(CONFIG, router_input=router_input, full_bias=0.5))
     torch.manual_seed(5)
     # Trained-like routers: decisions that depend on the prompt.
@@ -347,5 +347,31 @@ def test_route_search_on_a_model_is_repeatable_and_refuses_bad_input():
     assert sorted(first.order) == list(range(meter.layers))
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         search_routes(meter, 1.0, 12)
-    with pytest.raises(ValueError, match="cannot tell"):
-        search_routes(meter, 0.5, meter.layers - 1)
+    with pytest.raises(ValueError, match="two measurements"):
+        search_routes(meter, 0.5, 1)
+
+
+def test_slopes_are_those_of_the_measured_loss():
+    """Against differences of the loss, float64; and at hard gates the loss is what `measure` says."""
+    controller = attach_tiny(dtype=torch.float64)
+    samples = make_samples(3)
+    # Passes of one and two samples, of different lengths.
+    meter = DamageMeter(controller, samples, gradient_tokens=2 * max(map(len, samples)))
+    generator = torch.Generator().manual_seed(0)
+    indices = [0, 1, 2, 1]
+    gates = torch.rand(meter.layers, len(indices), generator=generator) * 0.8 + 0.1
+    _, slopes = meter.slopes(indices, gates)
+    step = 0.01
+    for layer in range(meter.layers):
+        moved = [gates.clone(), gates.clone()]
+        moved[0][layer] += step
+        moved[1][layer] -= step
+        high, low = (meter.slopes(indices, g)[0].double() for g in moved)
+        torch.testing.assert_close(slopes[layer].double(), (low - high) / (2 * step), rtol=0.05, atol=1e-4)
+    assert float(slopes.abs().max()) > 1e-3
+    hard = torch.rand(meter.layers, len(indices), generator=generator) < 0.5
+    torch.testing.assert_close(meter.slopes(indices, hard.float())[0], meter.measure(indices, hard).loss)
+    # Nothing of the backbone was asked for a gradient.
+    assert all(parameter.grad is None for parameter in controller.model.parameters())
+    with pytest.raises(ValueError, match="gates must be"):
+        meter.slopes(indices, gates[:, :1])

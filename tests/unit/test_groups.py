@@ -19,7 +19,6 @@ from flux_attention.training.groups import (
     group_targets,
     largest_sparsity,
 )
-from flux_attention.training.route_search import LayerCosts, combined
 
 
 def test_groups_are_parsed():
@@ -99,12 +98,3 @@ def test_the_largest_sparsity_that_keeps_a_share():
     assert shares[2] == pytest.approx((0.79 + 1) / 1.8)
     assert largest_sparsity(CountingMeter(), [2, 0, 3, 1], 0.995)[0] == 0
     assert _falling([1.0, 0.8, 0.9, 0.5]) == pytest.approx([1.0, 0.85, 0.85, 0.5])
-
-
-def test_searches_are_combined_by_precision():
-    one = LayerCosts(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.1]), raced=(0,))
-    other = LayerCosts(torch.tensor([2.0, 0.0]), torch.tensor([0.1, 10.0]))
-    assert combined([one]) is one
-    both = combined([one, other])
-    assert both.mean.tolist() == pytest.approx([1.5, 3.0], abs=1e-3)
-    assert both.deviation.tolist() == pytest.approx([0.1 / 2**0.5, 0.1], abs=1e-3)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flux_attention.data.sample import Sample
 from flux_attention.models.controller import FluxAttention
+from flux_attention.models.step import SoftRouting
 from flux_attention.route import Dense, Fixed, Route
 from flux_attention.training.answers import forced_logits
 from flux_attention.training.objective import token_kl
@@ -77,6 +78,13 @@ def softened_accuracy(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
     return torch.sigmoid(torch.stack([lead[a:b].min() for a, b in sample.scored_spans])).mean()
 
 
+def _differentiable_loss(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
+    """`answer_loss` of logits `[A, V]`, float32, a scalar."""
+    nll = F.cross_entropy(logits.float(), target)
+    soft = softened_accuracy(sample, logits, target) if counts_as_whole(sample) else torch.ones_like(nll)
+    return answer_loss(sample, nll, soft)
+
+
 def _nothing_yet(pairs: int) -> Measured:
     return Measured(*torch.full((len(fields(Measured)), pairs), float("nan")))
 
@@ -88,6 +96,7 @@ class DamageMeter:
         controller: the attached backbone.
         samples: what to measure on.
         batch_tokens: most tokens of one pass.
+        gradient_tokens: most tokens of a pass that keeps its activations, see `slopes`.
         teacher: keep the dense model's answers on the device, for `damage`; without them it is NaN.
     """
 
@@ -97,13 +106,15 @@ class DamageMeter:
         samples: Sequence[Sample],
         *,
         batch_tokens: int = 65536,
+        gradient_tokens: int = 16384,
         teacher: bool = True,
     ) -> None:
         if not samples:
             raise ValueError("a damage meter needs at least one sample")
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be positive, got {batch_tokens}")
-        self.controller, self.samples, self.batch_tokens = controller, list(samples), batch_tokens
+        if batch_tokens < 1 or gradient_tokens < 1:
+            raise ValueError(f"tokens of a pass must be positive, got {batch_tokens} and {gradient_tokens}")
+        self.controller, self.samples = controller, list(samples)
+        self.batch_tokens, self.gradient_tokens = batch_tokens, gradient_tokens
         self.layers = len(controller.layers)
         self._teacher: list[Tensor] = []
         if teacher:
@@ -113,20 +124,28 @@ class DamageMeter:
         """A meter on some of the samples that shares what is known of the dense model."""
         chosen = list(keep)
         other = DamageMeter(
-            self.controller, [self.samples[i] for i in chosen], batch_tokens=self.batch_tokens, teacher=False
+            self.controller,
+            [self.samples[i] for i in chosen],
+            batch_tokens=self.batch_tokens,
+            gradient_tokens=self.gradient_tokens,
+            teacher=False,
         )
         other._teacher = [self._teacher[i] for i in chosen] if self._teacher else []
         if "dense" in self.__dict__:
             other.dense = self.dense.select(chosen)
         return other
 
-    def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Places in `indices` (sample numbers, repeats allowed), grouped so that equal lengths go together."""
+    def batches(self, indices: Sequence[int], tokens: int | None = None) -> Iterator[list[int]]:
+        """Places in `indices` (sample numbers, repeats allowed), grouped so that equal lengths go together.
+
+        `tokens`: most of a group; by default `batch_tokens`.
+        """
+        most = tokens or self.batch_tokens
         order = sorted(range(len(indices)), key=lambda place: (len(self.samples[indices[place]]), indices[place]))
         batch: list[int] = []
         for place in order:
             # Sorted by length, so the newest is the longest and padding is counted with it.
-            if batch and (len(batch) + 1) * len(self.samples[indices[place]]) > self.batch_tokens:
+            if batch and (len(batch) + 1) * len(self.samples[indices[place]]) > most:
                 yield batch
                 batch = []
             batch.append(place)
@@ -167,6 +186,26 @@ class DamageMeter:
                 answers = forced_logits(self.controller, [self.samples[member] for member in members])
             self._judge(found, places, members, *answers)
         return found
+
+    def slopes(self, indices: Sequence[int], gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Pair i: sample `indices[i]` with the layers blended by `gates[:, i]`, float `[L, pairs]`, 1 = full.
+
+        Returns:
+            The losses `[pairs]`, and what each layer adds to its pair's loss when it runs sparser, −∂loss/∂gate
+            `[L, pairs]`; float32 on the CPU. A number for every layer, at the price of one pass with gradients.
+        """
+        if tuple(gates.shape) != (self.layers, len(indices)):
+            raise ValueError(f"gates must be [{self.layers}, {len(indices)}], got {list(gates.shape)}")
+        losses, slopes = torch.empty(len(indices)), torch.empty(self.layers, len(indices))
+        for places in self.batches(indices, self.gradient_tokens):
+            samples = [self.samples[indices[place]] for place in places]
+            chosen = gates[:, places].float().to(self.controller.device).requires_grad_()
+            with torch.enable_grad(), self.controller.soft_routing(SoftRouting(forced=chosen)):
+                answers = zip(samples, *forced_logits(self.controller, samples), strict=True)
+                loss = torch.stack([_differentiable_loss(*answer) for answer in answers])
+                (slope,) = torch.autograd.grad(loss.sum(), chosen)
+            losses[places], slopes[:, places] = loss.detach().cpu(), -slope.cpu()
+        return losses, slopes
 
     def _judge(
         self,
