@@ -65,7 +65,10 @@ class Pool:
         places = context.SimpleQueue()
         for i in range(processes):
             places.put(model.devices[i % len(model.devices)])
-        self._executor = ProcessPoolExecutor(processes, context, _start, (model, places, threads))
+        # Of a device's memory, one share left to whoever made the pool: a process that meets the end of its own
+        # halves its pass, and leaves the others' alone.
+        share = 1 / (-(-processes // len(model.devices)) + 1)
+        self._executor = ProcessPoolExecutor(processes, context, _start, (model, places, threads, share))
 
     def __enter__(self) -> Self:
         return self
@@ -108,11 +111,12 @@ class _Process:
     controller: Any
 
 
-def _start(source: PoolModel, places: SimpleQueue[str], threads: int) -> None:
+def _start(source: PoolModel, places: SimpleQueue[str], threads: int, share: float) -> None:
     torch.set_num_threads(threads)
     device = torch.device(places.get())
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.set_per_process_memory_fraction(share, device)
     _Process.source = source
     _Process.model, _Process.tokenizer = load_backbone(source.name_or_path, source.dtype, device)
 
