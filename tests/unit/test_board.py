@@ -458,6 +458,21 @@ def test_router_scores_are_kept_by_router(model, adapter, tmp_path):
         [board._scores(one, cells) for one in (adapter, changed)]
 
 
+def test_routers_under_a_dial(model, adapter, tmp_path):
+    from flux_attention.evaluation.entrants import omega_of
+
+    free = make_board(model, adapter, tmp_path)
+    held = make_board(model, adapter, tmp_path, replace(LIGHT, min_sparsity=0.7, max_sparsity=0.8))
+    cells = free.samples.test.cells
+    (loose,), (tight,) = (board.routers(cells) for board in (free, held))
+    assert {omega_of(column) for columns in tight.columns.values() for column in columns} == {0.75}
+    assert tight.columns != loose.columns
+    # The scores are the router's, and are not asked for twice.
+    assert len(list(tmp_path.glob("routes-*.safetensors"))) == 1
+    outcome = summarise(run_board(held))
+    assert outcome.omega == 0.75 and "held between 0.7 and 0.8" in page.markdown(outcome, page.summary(outcome.rows))
+
+
 def test_probe_routes_are_the_routers(model, adapter, tmp_path):
     board = make_board(model, adapter, tmp_path)
     cells = board.samples.test.cells
@@ -506,6 +521,8 @@ def test_policy_context_is_what_policies_see():
         ({"policies": ("damage",)}, "must include the router"),
         ({"sparsities": (1.5,)}, r"sparsities must lie in \[0, 1\]"),
         ({"dial": (-0.5,)}, r"dial must lie in \[0, 1\]"),
+        ({"min_sparsity": 0.8, "max_sparsity": 0.5}, "is above max_sparsity"),
+        ({"min_sparsity": 0.5}, "no dial holds them"),
         ({"minutes": -1.0}, "minutes must not be negative"),
         ({"batch_tokens": 0}, "batch_tokens must be positive"),
     ],

@@ -171,6 +171,9 @@ def _notes(outcome: Summary) -> str:
         "means. Entrants with fewer tasks or samples than the router stand in the order, and in the figure, at the "
         "router's macro score less the paired difference."
     )
+    if not outcome.held.is_open:
+        low, high = outcome.held.min_sparsity, outcome.held.max_sparsity
+        text += f" The routers are under a dial: every prompt's Ω is held between {low:g} and {high:g}."
     if outcome.left_out:
         listed = ", ".join(f"{key} ({value:.2f})" for key, value in outcome.left_out)
         text += f" Not averaged, because the dense model itself scores below 0.10: {listed}."

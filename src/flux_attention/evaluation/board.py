@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,11 @@ class Board:
     def routers(self, cells: Mapping[Cell, Sequence[Sample]]) -> list[Entrant]:
         many = len(self.adapters) > 1
         return [
-            Entrant(f"router (seed {i})" if many else "router", "router", by_scores(self._scores(adapter, cells)))
+            Entrant(
+                f"router (seed {i})" if many else "router",
+                "router",
+                by_scores(self._scores(adapter, cells), self.config.held),
+            )
             for i, adapter in enumerate(self.adapters)
         ]
 
@@ -312,7 +316,7 @@ class Board:
             for share in self.config.dial:
                 found.append(Entrant(f"dial {share:.2f}", "dial", by_scores(scores, Dial(share, share))))
         for name, adapter in self.others.items():
-            found.append(Entrant(name, "other", by_scores(self._scores(adapter, few))))
+            found.append(Entrant(name, "other", by_scores(self._scores(adapter, few), self.config.held)))
         return found
 
     def _rankings(self, methods: Sequence[str]) -> dict[str, list[int]]:
@@ -373,6 +377,7 @@ class BoardRun:
     Attributes:
         omega: mean Ω of the routers over the kept cells.
         left_out: cells that the dense model cannot do, with its score.
+        held: dial that the routers were under.
     """
 
     dense: Mapping[Cell, list[Record]]
@@ -380,6 +385,7 @@ class BoardRun:
     others: Sequence[tuple[Entrant, Mapping[Cell, list[Record]]]]
     omega: float
     left_out: Mapping[Cell, float]
+    held: Dial = field(default_factory=Dial)
 
 
 def run_board(board: Board) -> BoardRun:
@@ -404,6 +410,7 @@ def run_board(board: Board) -> BoardRun:
         [(entrant, board.records(entrant)) for entrant in entrants],
         omega,
         left_out,
+        board.config.held,
     )
 
 

@@ -12,6 +12,7 @@ from flux_attention.data.progress import Progress, tqdm_progress
 from flux_attention.data.sample_set import SampleSet, prepared_samples
 from flux_attention.data.tasks import Continuation, training_tasks
 from flux_attention.evaluation.entrants import POLICIES, Cell
+from flux_attention.route import Dial
 from flux_attention.training.heads import HeadTraining
 
 #: Half retrieval, half holistic; what `flux-attn board` runs unless told otherwise.
@@ -47,6 +48,7 @@ class BoardConfig:
         searched: layers, least needed first, of the policy of this name; it is there when they are.
         weak_samples: the first samples of each cell, for entrants far behind and for curves; XAttention, whose plain
             kernel is many small launches, gets a quarter of them.
+        min_sparsity, max_sparsity: range that the routers' Ω is held in, prompt by prompt (`route.Dial`).
         dial: Ω that the first adapter's dial is set to, for its curve.
         sparsities: further Ω of the static splits' curves.
         calibration, calibration_text: samples per training task, and per training task of running text, that layer
@@ -68,6 +70,8 @@ class BoardConfig:
     policies: tuple[str, ...] = tuple(name for name in POLICIES if name != "searched")
     searched: tuple[int, ...] = ()
     weak_samples: int = 25
+    min_sparsity: float = 0.0
+    max_sparsity: float = 1.0
     dial: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
     calibration: int = 2
@@ -113,8 +117,17 @@ class BoardConfig:
         for name in ("sparsities", "dial"):
             if any(not 0 <= sparsity <= 1 for sparsity in getattr(self, name)):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not self.held.is_open and "inline" in self.policies:
+            raise ValueError(
+                "inline routes are decided layer by layer, no dial holds them: leave out the one or the other"
+            )
         if self.minutes < 0:
             raise ValueError(f"minutes must not be negative, got {self.minutes}")
+
+    @property
+    def held(self) -> Dial:
+        """The dial that the routers are under."""
+        return Dial(self.min_sparsity, self.max_sparsity)
 
     @property
     def cells(self) -> tuple[Cell, ...]:

@@ -27,6 +27,7 @@ from flux_attention.evaluation.metrics import (
 )
 from flux_attention.evaluation.results import Figure
 from flux_attention.evaluation.runner import Record
+from flux_attention.route import Dial
 
 Scores = dict[str, NDArray[np.float64]]
 """Per-sample values of each cell, keyed "task@length"."""
@@ -71,6 +72,7 @@ class Summary:
         left_out: cells that the dense model cannot do, with its score.
         routes: task → share of its prompts in which each layer runs full, under the routers.
         omega: mean Ω of the routers.
+        held: dial that they were under.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +80,7 @@ class Summary:
     left_out: tuple[tuple[str, float], ...]
     routes: Mapping[str, tuple[float, ...]]
     omega: float
+    held: Dial
 
 
 def name_of(cell: Cell) -> str:
@@ -170,7 +173,8 @@ def summarise(run: BoardRun) -> Summary:
         rows.append(line(entrant.name, entrant.family, [records], scores, cell_losses(records), entrant.matched))
     figures = _figures(run, rows, ours, reference, our_losses, dense_losses)
     left_out = tuple((name_of(cell), value) for cell, value in run.left_out.items())
-    return Summary(tuple(rows), tuple(figures), left_out, task_routes([r for _, r in run.routers]), run.omega)
+    routes = task_routes([r for _, r in run.routers])
+    return Summary(tuple(rows), tuple(figures), left_out, routes, run.omega, run.held)
 
 
 def _mean(records: Records, field: str) -> float:

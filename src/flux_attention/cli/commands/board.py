@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from flux_attention.cli.options import SMOLLM2, Commit, Device, DType, Model, Record, Seed, make_console, numbers
+from flux_attention.cli.options import (
+    SMOLLM2,
+    Commit,
+    Device,
+    DType,
+    MaxSparsity,
+    MinSparsity,
+    Model,
+    Record,
+    Seed,
+    make_console,
+    numbers,
+)
 
 
 def board(
@@ -31,6 +43,8 @@ def board(
     weak_samples: Annotated[
         int, typer.Option("--weak-samples", help="Samples per task and length for weak baselines and curves.")
     ] = 25,
+    min_sparsity: MinSparsity = 0.0,
+    max_sparsity: MaxSparsity = 1.0,
     dial: Annotated[
         str, typer.Option("--dial", help="Ω that the first adapter's dial is set to, such as 0.5,0.7,0.9: a curve.")
     ] = "",
@@ -89,6 +103,8 @@ def board(
     from flux_attention.training.heads import HeadTraining
 
     named = BoardConfig.policies if policies == "all" else tuple(policies.split(","))
+    if policies == "all" and (min_sparsity, max_sparsity) != (0.0, 1.0):
+        named = tuple(name for name in named if name != "inline")
     on_gpu = choose_device(device).type == "cuda"
     config = BoardConfig(
         tasks=MIXED if tasks == "mixed" else tuple(tasks.split(",")),
@@ -98,6 +114,8 @@ def board(
         policies=named if searched is None else tuple(dict.fromkeys((*named, "searched"))),
         searched=() if searched is None else mean_ranking(searched),
         weak_samples=min(weak_samples, samples),
+        min_sparsity=min_sparsity,
+        max_sparsity=max_sparsity,
         dial=numbers("--dial", dial, float),
         sparsities=numbers("--sparsities", sparsities, float),
         calibration=calibration,
