@@ -177,10 +177,11 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
     """Everything the run needs: phases use different numbers of the training split, evaluation the test split."""
     groups: list[Group] = options.group
     jobs: dict[str, list[Job]] = {"fit": [], "gates": []}
+    known = set() if options.costs is None else set(json.loads(options.costs.read_text())["rankings"])
     for group in groups:
         jobs[f"search:{group.name}"] = spread_jobs(
             group.searched or group.tasks,
-            0 if group.like else options.search_samples[group.name],
+            0 if group.like or group.name in known else options.search_samples[group.name],
             [options.search_lengths[group.name]],
             options.seed,
             first=10_000,
