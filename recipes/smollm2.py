@@ -128,7 +128,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--gumbel-noise", action="store_true", help="sample gates (the paper's way)")
     add("--minutes-budget", type=float, default=10.0, help="the phase through gates is cut to stay within")
     add("--batch-tokens", type=int, default=65536, help="most tokens of a measuring pass")
-    add("--gradient-tokens", type=int, default=32768, help="most tokens of one with gradients, a megabyte each")
+    on_gpu = torch.cuda.is_available()
+    add(
+        "--gradient-tokens",
+        type=int,
+        default=32768 if on_gpu else 4096,
+        help="most tokens of one with gradients, a megabyte each",
+    )
     add("--static-shares", type=float, nargs="*", default=[0.7, 0.8, 0.9], help="Ω of the static splits compared with")
     add("--eval-samples", type=int, default=48)
     add("--eval-length", type=int, default=4096)
