@@ -5,7 +5,8 @@
     python benchmarks/serving.py --gpu --loads 32768x16,131072x2    other loads alone, in a file of theirs
     python benchmarks/serving.py --gpu --tensor-parallel 2          the same over two GPUs, in a file of its own
 
-On a GPU a small model comes first, and is compared with float32: without that no speed is measured. Speed is that of
+On a GPU a small model comes first, and is compared with float32 in batches of every kind (chunked, from the prefix
+cache, preempted, after aborts, after random traffic): without that no speed is measured. Speed is that of
 one engine, which answers the same prompts routed and forced dense, request by request. Three quarters of the layers run
 sparse, whole KV groups of them: what is fixed here is the route, so that the figures are about the engine. The figures
 that matter most come first, and each is on the disk as soon as it is known: a run that is cut off keeps what it has,
