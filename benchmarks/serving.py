@@ -78,6 +78,30 @@ def text_ids(reference: harness.Reference) -> list[int]:
     return ids
 
 
+def cached_tokens(outputs: Sequence[Any]) -> int:
+    """Prompt tokens that came out of the prefix cache; RuntimeError for none."""
+    if not (found := sum(output.num_cached_tokens for output in outputs)):
+        raise RuntimeError("no request found its prefix in the cache")
+    return int(found)
+
+
+def abort_some(llm: Any, asks: Sequence[Ask], steps: int) -> None:
+    """Begin the same requests with their prompts backwards, and abort them after `steps`."""
+    engine = llm.llm_engine
+    for i, ask in enumerate(asks):
+        engine.add_request(f"gone-{i}", {"prompt_token_ids": list(ask.prompt[::-1])}, ask.parameters())
+    for _ in range(steps):
+        engine.step()
+    engine.abort_request([f"gone-{i}" for i in range(len(asks))])
+
+
+def preempted(llm: Any) -> int:
+    """Preemptions so far; RuntimeError for none."""
+    if not (found := sum(harness.preemptions(llm))):
+        raise RuntimeError("the pool was large enough for all: nothing was preempted")
+    return found
+
+
 def exactness(recorder: Recorder) -> None:
     """Mixed batches of SmolLM2 against the transformers path: chunked, cached, preempted, beside aborts, parallel."""
     reference = harness.smollm2()
@@ -94,14 +118,8 @@ def exactness(recorder: Recorder) -> None:
     with Engines() as engines:
         llm = engines.start(reference, max_num_batched_tokens=512, enable_prefix_caching=True)
         compare("chunked", llm, asks)
-        warm = compare("warm_prefix_cache", llm, asks)
-        if not sum(output.num_cached_tokens > 0 for output in warm):
-            raise RuntimeError("no request found its prefix in the cache")
-        engine = llm.llm_engine
-        for i, ask in enumerate(asks):
-            engine.add_request(f"gone-{i}", {"prompt_token_ids": list(ask.prompt[::-1])}, ask.parameters())
-        engine.step()
-        engine.abort_request([f"gone-{i}" for i in range(len(asks))])
+        cached_tokens(compare("warm_prefix_cache", llm, asks))
+        abort_some(llm, asks, steps=1)
         compare("after_aborts", llm, asks)
         if free_blocks(llm)[0] != free_blocks(llm)[1]:
             raise RuntimeError("blocks are missing after aborts")
@@ -110,9 +128,7 @@ def exactness(recorder: Recorder) -> None:
         edge = [replace(ask, prompt=tuple(ids[i * 500 : i * 500 + 764])) for i, ask in enumerate(asks[:8])]
         llm = engines.start(reference, max_num_batched_tokens=512, num_gpu_blocks_override=740)
         compare("preempted", llm, edge)
-        recorder.note("preemptions", sum(harness.preemptions(llm)))
-        if not recorder.details["preemptions"]:
-            raise RuntimeError("the pool was large enough for all: nothing was preempted")
+        recorder.note("preemptions", preempted(llm))
         # Its 9 query and 3 key heads divide among three.
         llm = engines.start(reference, tensor_parallel_size=3, max_num_batched_tokens=512, kv_cache_memory_bytes=2**30)
         compare("tensor_parallel_3", llm, asks)
@@ -555,23 +571,13 @@ class Checked:
         say(f"{len(asks)} requests answered; probes captured for {llm.collective_rpc('rank_graphs')} prompts")
         if sum(harness.preemptions(llm)):
             raise RuntimeError("the pool is too small for the mixed batch")
-        warm = self._compare("warm_prefix_cache", llm, asks)
-        self.notes["cached_tokens"] = sum(output.num_cached_tokens for output in warm)
-        if not self.notes["cached_tokens"]:
-            raise RuntimeError("no request found its prefix in the cache")
-        engine = llm.llm_engine
-        for i, ask in enumerate(asks):
-            engine.add_request(f"gone-{i}", {"prompt_token_ids": list(ask.prompt[::-1])}, ask.parameters())
-        for _ in range(3):
-            engine.step()
-        engine.abort_request([f"gone-{i}" for i in range(len(asks))])
+        self.notes["cached_tokens"] = cached_tokens(self._compare("warm_prefix_cache", llm, asks))
+        abort_some(llm, asks, steps=3)
         self._compare("after_aborts", llm, asks)
         # Four tokens below a block boundary: all of them want more blocks at the same step.
         edge = [replace(ask, prompt=tuple(ids[i * 97 : i * 97 + 764])) for i, ask in enumerate(asks)]
         self._compare("preempted", llm, edge)
-        self.notes["preemptions"] = sum(harness.preemptions(llm))
-        if not self.notes["preemptions"]:
-            raise RuntimeError("the pool was large enough for all: nothing was preempted")
+        self.notes["preemptions"] = preempted(llm)
         self.notes["aborted"] = harness.random_traffic(llm, requests=500)
         say(f"500 random requests, {self.notes['aborted']} of them aborted, leave nothing")
         self._compare("after_traffic", llm, asks)

@@ -128,13 +128,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--gumbel-noise", action="store_true", help="sample gates (the paper's way)")
     add("--minutes-budget", type=float, default=10.0, help="the phase through gates is cut to stay within")
     add("--batch-tokens", type=int, default=65536, help="most tokens of a measuring pass")
-    on_gpu = torch.cuda.is_available()
-    add(
-        "--gradient-tokens",
-        type=int,
-        default=32768 if on_gpu else 4096,
-        help="most tokens of one with gradients, a megabyte each",
-    )
+    add("--gradient-tokens", type=int, help="most of one with gradients, a megabyte each; by default 32768 on a GPU")
     add("--static-shares", type=float, nargs="*", default=[0.7, 0.8, 0.9], help="Ω of the static splits compared with")
     add("--eval-samples", type=int, default=48)
     add("--eval-length", type=int, default=4096)
@@ -146,6 +140,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--card", type=Path, help="Markdown card written from the log")
     add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     options = parser.parse_args(arguments)
+    if options.gradient_tokens is None:
+        options.gradient_tokens = 4096 if options.device == "cpu" else 32768
     if options.prepare and options.samples is None:
         parser.error("--prepare needs --samples, the file to make")
     if options.smoke:

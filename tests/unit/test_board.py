@@ -459,8 +459,6 @@ def test_router_scores_are_kept_by_router(model, adapter, tmp_path):
 
 
 def test_routers_under_a_dial(model, adapter, tmp_path):
-    from flux_attention.evaluation.entrants import omega_of
-
     free = make_board(model, adapter, tmp_path)
     held = make_board(model, adapter, tmp_path, replace(LIGHT, min_sparsity=0.7, max_sparsity=0.8))
     cells = free.samples.test.cells

@@ -48,9 +48,8 @@ def test_route_search_finds_the_layers_that_matter_together():
     assert set(found.order[4:]) == {1, 4}
     assert bool((found.deviation > 0).all()) and float(found.deviation.max()) < 0.05
     # The slopes' mean is what a layer adds from full to sparse, to the noise.
-    assert float(found.mean[1]) == pytest.approx(0.52, abs=0.25) and float(found.mean[0]) == pytest.approx(
-        0.02, abs=0.03
-    )
+    assert float(found.mean[1]) == pytest.approx(0.52, abs=0.25)
+    assert float(found.mean[0]) == pytest.approx(0.02, abs=0.03)
     assert found.curve is not rows and found.curve == rows and rows[-1]["measured"] == 240
     # Every sample is measured as often as any other, and every gate lies between the two modes.
     assert {meter.seen.count(i) for i in range(40)} == {6}

@@ -78,11 +78,10 @@ def softened_accuracy(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
     return torch.sigmoid(torch.stack([lead[a:b].min() for a, b in sample.scored_spans])).mean()
 
 
-def _differentiable_loss(sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
-    """`answer_loss` of logits `[A, V]`, float32, a scalar."""
+def _nll_and_soft(sample: Sample, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What `answer_loss` takes, of logits `[A, V]` of the answer's tokens `target [A]`: float32 scalars."""
     nll = F.cross_entropy(logits.float(), target)
-    soft = softened_accuracy(sample, logits, target) if counts_as_whole(sample) else torch.ones_like(nll)
-    return answer_loss(sample, nll, soft)
+    return nll, softened_accuracy(sample, logits, target) if counts_as_whole(sample) else torch.ones_like(nll)
 
 
 def _nothing_yet(pairs: int) -> Measured:
@@ -202,7 +201,7 @@ class DamageMeter:
             chosen = gates[:, places].float().to(self.controller.device).requires_grad_()
             with torch.enable_grad(), self.controller.soft_routing(SoftRouting(forced=chosen)):
                 answers = zip(samples, *forced_logits(self.controller, samples), strict=True)
-                loss = torch.stack([_differentiable_loss(*answer) for answer in answers])
+                loss = torch.stack([answer_loss(answer[0], *_nll_and_soft(*answer)) for answer in answers])
                 (slope,) = torch.autograd.grad(loss.sum(), chosen)
             losses[places], slopes[:, places] = loss.detach().cpu(), -slope.cpu()
         return losses, slopes
@@ -222,8 +221,7 @@ class DamageMeter:
         rows = torch.empty(len(places), 3, device=self.controller.device)
         for row, member, logits, target in zip(rows, members, answers, targets, strict=True):
             sample, logits = self.samples[member], logits.float()
-            row[0] = F.cross_entropy(logits, target)
-            row[1] = softened_accuracy(sample, logits, target) if counts_as_whole(sample) else 1.0
+            row[0], row[1] = _nll_and_soft(sample, logits, target)
             if self._teacher:
                 kl = token_kl(self._teacher[member], logits)
                 row[2] = 1 - torch.exp(-(kl.sum() if counts_as_whole(sample) else kl.mean()))

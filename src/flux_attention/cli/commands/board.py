@@ -99,11 +99,12 @@ def board(
     from flux_attention.cli.board import run
     from flux_attention.cli.session import choose_device
     from flux_attention.evaluation.board_config import MIXED, BoardConfig
+    from flux_attention.route import Dial
     from flux_attention.training.card import mean_ranking
     from flux_attention.training.heads import HeadTraining
 
     named = BoardConfig.policies if policies == "all" else tuple(policies.split(","))
-    if policies == "all" and (min_sparsity, max_sparsity) != (0.0, 1.0):
+    if policies == "all" and not Dial(min_sparsity, max_sparsity).is_open:
         named = tuple(name for name in named if name != "inline")
     on_gpu = choose_device(device).type == "cuda"
     config = BoardConfig(
