@@ -99,13 +99,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--prepare", action="store_true", help="only make that file, which needs no GPU")
     add("--fit-prompts", type=int, default=4200, help="prompts whose features the router is fitted on")
     add("--features", type=Path, help="file that keeps the probes' pooled queries from one run to the next")
-    add("--search-samples", type=int, nargs="+", default=[128, 64, 0, 48, 0, 64, 0], help="one or one a group")
+    add("--search-samples", type=int, nargs="+", help="one or one a group; by default a sample a measurement")
     add("--search-lengths", type=int, nargs="+", default=[4096, 4096, 0, 3072, 0, 2048, 0], help="one or one a group")
     add(
         "--measurements",
         type=int,
         nargs="+",
-        default=[832, 512, 0, 448, 0, 448, 0],
+        default=[1280, 512, 0, 256, 0, 320, 0],
         help="passes with gradients, one or one a group",
     )
     add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
@@ -166,6 +166,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         for name, value in small.items():
             setattr(options, name, value)
     options.group = options.group or [Group.parse(text) for text in DEFAULT_GROUPS]
+    options.search_samples = options.search_samples or options.measurements
     for name in ("search_samples", "search_lengths", "measurements"):
         values = getattr(options, name)
         if len(values) not in (1, len(options.group)):
@@ -242,9 +243,7 @@ def rank_group(
     """What the group's layers cost, and how many samples of each task that rests on."""
     sizes = {"batch_tokens": options.batch_tokens, "gradient_tokens": options.gradient_tokens}
     meter = DamageMeter(controller, samples, **sizes, teacher=False)
-    # What the dense model is far from answering says little about which layers retrieve.
-    meter = meter.subset(meter.within_reach())
-    used = Counter(sample.task for sample in meter.samples)
+    used = Counter(sample.task for sample in samples)
     found = search_routes(
         meter,
         group.target,
@@ -252,7 +251,7 @@ def rank_group(
         batch=options.search_batch,
         seed=options.seed,
         watch=lambda row: print(
-            f"  {group.name}: {row['measured']:.0f} routes, Ω {row['sparsity']:.2f}, loss over dense {row['loss']:.4f}",
+            f"  {group.name}: {row['measured']:.0f} routes, Ω {row['sparsity']:.2f}, loss {row['loss']:.4f}",
             flush=True,
         ),
     )
@@ -310,9 +309,10 @@ def search(
                 raise SystemExit(f"group {group.name} shares the ranking of {group.like!r}, which must come before it")
             rankings[group.name] = rankings[group.like]
             continue
+        used: dict[str, int] = {}
         with cost.phase("search"):
             if group.name in earlier:
-                found, used = earlier[group.name], {}
+                found = earlier[group.name]
             else:
                 found, used = rank_group(controller, group, made[f"search:{group.name}"], options)
         rankings[group.name] = found

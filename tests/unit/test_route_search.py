@@ -36,36 +36,44 @@ class PlantedMeter:
         loss = self.hardness[torch.tensor(indices)] + cost
         (slope,) = torch.autograd.grad(loss.sum(), gates)
         noise = self.deviation * torch.randn(slope.shape, generator=self.generator)
-        return loss.detach().float(), (-slope).float() + noise
+        # What runs one side alone has no slope.
+        return loss.detach().float(), torch.where((gates > 0) & (gates < 1), (-slope).float() + noise, 0.0).detach()
 
 
 def test_route_search_finds_the_layers_that_matter_together():
     meter, rows = PlantedMeter(), []
-    found = search_routes(meter, 0.5, 240, batch=24, spread=1, seed=1, watch=rows.append)
+    found = search_routes(meter, 0.5, 480, batch=24, spread=1, blends=2, seed=1, watch=rows.append)
     # Three sparse layers: the two that nobody needs, and one of the two that stand in for each other.
     assert set(found.order[:2]) == {0, 3}
     assert found.order[2] in (2, 5)
-    assert set(found.order[4:]) == {1, 4}
-    assert bool((found.deviation > 0).all()) and float(found.deviation.max()) < 0.05
+    assert bool((found.deviation > 0).all()) and float(found.deviation.max()) < 0.1
     # The slopes' mean is what a layer adds from full to sparse, to the noise.
-    assert float(found.mean[1]) == pytest.approx(0.52, abs=0.25)
+    assert float(found.mean[1]) == pytest.approx(0.52, abs=0.15)
     assert float(found.mean[0]) == pytest.approx(0.02, abs=0.03)
-    assert found.curve is not rows and found.curve == rows and rows[-1]["measured"] == 240
-    # Every sample is measured as often as any other, and every gate lies between the two modes.
-    assert {meter.seen.count(i) for i in range(40)} == {6}
+    assert found.curve is not rows and found.curve == rows and rows[-1]["measured"] == 480
+    # Every sample is measured as often as any other.
+    assert {meter.seen.count(i) for i in range(40)} == {12}
+    # Few layers are blends; the others run as routes with about three sparse layers do.
     gates = torch.cat(meter.gates, 1)
-    assert float(gates.min()) > 0 and float(gates.max()) < 1
-    sparse = (gates < 0.5).sum(0)
-    assert int(sparse.min()) == 2 and int(sparse.max()) == 4
+    blended = (gates > 0) & (gates < 1)
+    assert int(blended.sum(0).max()) == 2 and 0.2 < float(gates[blended].min()) + 0.2 < float(gates[blended].max())
+    hard = (gates == 0).sum(0)
+    assert int(hard.max()) <= 4 and int((hard + blended.sum(0)).min()) >= 2
+
+
+def test_layers_near_the_border_are_measured_most():
+    meter = PlantedMeter(deviation=0.02)
+    search_routes(meter, 0.5, 480, batch=24, spread=0, blends=6, seed=0)
+    gates = torch.cat(meter.gates, 1)[:, 240:]
+    counts = ((gates > 0) & (gates < 1)).sum(1)
+    # One of 2 and 5 has to be full, whichever it is; 0 and 3 need not be, and 1 has to.
+    assert int(counts[[2, 5]].min()) > 1.5 * int(counts[[0, 1, 3]].max())
 
 
 def test_few_noisy_measurements_are_enough():
-    """Noise as large as what is to be found, and fewer measurements than six layers have routes."""
-    right = sum(
-        set(search_routes(PlantedMeter(deviation=0.25), 0.5, 40, batch=10, seed=seed).order[4:]) == {1, 4}
-        for seed in range(12)
-    )
-    assert right >= 10
+    """Noise as large as what is to be found, and twice as many measurements as there are routes of three layers."""
+    orders = [search_routes(PlantedMeter(deviation=0.25), 0.5, 40, batch=10, seed=seed).order for seed in range(12)]
+    assert sum(set(order[:3]) in ({0, 3, 2}, {0, 3, 5}) for order in orders) >= 10
 
 
 def test_bad_input():
@@ -73,3 +81,5 @@ def test_bad_input():
         search_routes(PlantedMeter(), 1.0, 20)
     with pytest.raises(ValueError, match="two measurements"):
         search_routes(PlantedMeter(), 0.5, 1)
+    with pytest.raises(ValueError, match="at least one"):
+        search_routes(PlantedMeter(), 0.5, 20, blends=0)

@@ -35,6 +35,31 @@ def soft_blend(full: Tensor, sparse: Tensor, gate: Tensor, counts: Sequence[int]
     return weight * full + (1 - weight) * sparse
 
 
+def partial_blend(
+    side: Side, full: Mode, sparse: Mode, gate: Tensor, exact: Sequence[bool | None], counts: Sequence[int]
+) -> Tensor:
+    """What `soft_blend` gives where only some gates are fractions: the other sequences run their own side alone.
+
+    Args:
+        side: runs a mode over members.
+        gate: `[S]`; those that are exactly 0 or 1 get no gradient.
+        exact: their values, on the host; None for a fraction.
+    """
+    found: dict[bool, dict[int, Tensor]] = {}
+    for mode, value in ((full, True), (sparse, False)):
+        members = [s for s, e in enumerate(exact) if e is None or e is value]
+        pieces = side(mode, members).split([counts[s] for s in members]) if members else ()
+        found[value] = dict(zip(members, pieces, strict=True))
+    rows = []
+    for s, own in enumerate(exact):
+        if own is None:
+            z = gate[s].to(found[True][s].dtype)
+            rows.append(z * found[True][s] + (1 - z) * found[False][s])
+        else:
+            rows.append(found[own][s])
+    return torch.cat(rows)
+
+
 def hard_blend(
     side: Side, full: Mode, sparse: Mode, gate: Tensor, use_full: Sequence[bool], counts: Sequence[int]
 ) -> Tensor:

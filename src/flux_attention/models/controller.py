@@ -358,7 +358,7 @@ class FluxAttention:
                     f"got {list(shape)}"
                 )
             step.gates = soft.gates = soft.forced
-            step.use_full = soft.forced_full
+            step.use_full, step.exact = soft.forced_full, soft.forced_exact
             return
         shape = (layers, sequences, 2)
         soft._noise = gumbel_noise(shape, self.device, soft.generator) if soft.noise else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flux_attention.cache import FluxCache
 from flux_attention.kernels.api import Packing
-from flux_attention.models.blend import hard_blend, members_of, soft_blend
+from flux_attention.models.blend import hard_blend, members_of, partial_blend, soft_blend
 from flux_attention.models.layout import Layout
 from flux_attention.models.step import Step, host_decisions
 from flux_attention.modes import Mode, PrefillInputs
@@ -56,6 +56,8 @@ class LayerPrefill:
         # A recomputed layer takes its gate as an input of its own, to which the gradient belongs.
         gate = step.packings.get(("input", layer), gate)
         assert gate is not None
+        if step.exact is not None:
+            return partial_blend(side, self.full, self.sparse, gate, step.exact[layer], layout.counts)
         if step.gates is not None and step.use_full is None:
             every = list(range(len(layout.counts)))
             return soft_blend(side(self.full, every), side(self.sparse, every), gate, layout.counts)

@@ -84,6 +84,11 @@ def _nll_and_soft(sample: Sample, logits: Tensor, target: Tensor) -> tuple[Tenso
     return nll, softened_accuracy(sample, logits, target) if counts_as_whole(sample) else torch.ones_like(nll)
 
 
+def _exact_values(gates: Tensor) -> tuple[tuple[bool | None, ...], ...]:
+    """True for a gate of exactly 1, False for 0, None for a fraction."""
+    return tuple(tuple(None if 0 < z < 1 else z == 1 for z in row) for row in gates.tolist())
+
+
 def _nothing_yet(pairs: int) -> Measured:
     return Measured(*torch.full((len(fields(Measured)), pairs), float("nan")))
 
@@ -191,7 +196,8 @@ class DamageMeter:
 
         Returns:
             The losses `[pairs]`, and what each layer adds to its pair's loss when it runs sparser, −∂loss/∂gate
-            `[L, pairs]`; float32 on the CPU. A number for every layer, at the price of one pass with gradients.
+            `[L, pairs]`; float32 on the CPU. A number for every blended layer, at the price of one pass with
+            gradients; 0 where a gate is exactly 0 or 1 and the layer runs one side alone.
         """
         if tuple(gates.shape) != (self.layers, len(indices)):
             raise ValueError(f"gates must be [{self.layers}, {len(indices)}], got {list(gates.shape)}")
@@ -199,10 +205,13 @@ class DamageMeter:
         for places in self.batches(indices, self.gradient_tokens):
             samples = [self.samples[indices[place]] for place in places]
             chosen = gates[:, places].float().to(self.controller.device).requires_grad_()
-            with torch.enable_grad(), self.controller.soft_routing(SoftRouting(forced=chosen)):
+            exact = _exact_values(gates[:, places])
+            with torch.enable_grad(), self.controller.soft_routing(SoftRouting(forced=chosen, forced_exact=exact)):
                 answers = zip(samples, *forced_logits(self.controller, samples), strict=True)
                 loss = torch.stack([answer_loss(answer[0], *_nll_and_soft(*answer)) for answer in answers])
-                (slope,) = torch.autograd.grad(loss.sum(), chosen)
+                slope = torch.zeros_like(chosen)
+                if any(None in row for row in exact):
+                    (slope,) = torch.autograd.grad(loss.sum(), chosen)
             losses[places], slopes[:, places] = loss.detach().cpu(), -slope.cpu()
         return losses, slopes
 
@@ -241,10 +250,6 @@ class DamageMeter:
         pairs = use_full.cpu().bool().repeat_interleave(n, 0).T
         found = self.measure(list(range(n)) * count, pairs)
         return Measured(*(getattr(found, item.name).view(count, n) for item in fields(found)))
-
-    def within_reach(self, least: float = 0.05) -> list[int]:
-        """Samples with a softened accuracy of at least `least` under the dense model, and all running text."""
-        return (self.dense.soft >= least).nonzero()[:, 0].tolist()
 
     def answered(self, least: float = 0.99) -> list[int]:
         """Samples that the dense model answers (running text always): the others cannot tell which layers retrieve."""

@@ -1,12 +1,15 @@
-"""Which layers a group of tasks can spare: the slope of the loss in every layer's gate, along the routes that matter.
+"""Which layers a group of tasks can spare: the slope of the loss in a layer's gate, along the routes that matter.
 
-A measurement is one sample under a route of its own whose layers are blends, more than half full or more than half
-sparse. One pass with gradients tells what each layer adds to the loss when it runs sparser, beside the others as they
-are; blends rather than hard gates, because at z = 1 a loss that is near its least has no slope, and at z = 0 an answer
-that is lost has none either. The mean over the measurements is a layer's cost. The next routes are those that the costs
-found so far favour, with as much noise as the costs are uncertain and as far as they lie apart (Thompson sampling for
-combinatorial bandits, Chapelle & Li, 2011): layers that stand in for each other show it where routes are as sparse as
-wanted. Path integrals of gates: integrated gradients (Sundararajan et al., arXiv 1703.01365).
+A measurement is one sample under a route of its own in which a few layers are blends of their two sides and all others
+run as routed. Over a gate that is uniform in (0, 1), a blend's mean slope is what its layer adds to the loss from full
+to sparse, beside the others as they are; one pass with gradients gives it for all blends. The mean over the
+measurements is a layer's cost. Hard gates would have no such slope: at z = 1 a loss that is near its least is flat, and
+at z = 0 so is that of an answer that is lost. Nor may all layers be blends: a layer that is half there retrieves nearly
+as well as a whole one, so blends stand in for what the others miss, and costs of the second rank vanish.
+
+Two draws of the costs (Thompson sampling for combinatorial bandits, Chapelle & Li, 2011) give two routes of the wanted
+Ω; the blends are layers on which the two disagree, which are those near the border between sparse and full. Path
+integrals of gates: integrated gradients (Sundararajan et al., arXiv 1703.01365).
 
 Shapes: `L` routable layers, `n` measurements.
 """
@@ -23,6 +26,9 @@ from flux_attention.training.damage import DamageMeter
 
 #: Share of the measurements whose routes are drawn blindly, before costs are looked at.
 _BLIND = 0.125
+#: Noise of a draw beside the costs' own uncertainty, in distances between a cheap layer's cost and a dear one's: layers
+#: that stand in for each other show it in routes that differ. Twice as much spends passes on layers that are settled.
+_NOISE = 0.5
 
 
 @dataclass
@@ -31,7 +37,7 @@ class LayerCosts:
 
     Attributes:
         mean, deviation: over the measurements, float64 `[L]`, in units of `Measured.loss`; the mean's own deviation.
-        curve: a row a round: `measured` so far, mean `sparsity` and mean `loss` over dense of the round's routes.
+        curve: a row a round: `measured` so far, mean `sparsity` and mean `loss` of the round's routes.
     """
 
     mean: Tensor
@@ -52,62 +58,94 @@ def search_routes(
     *,
     batch: int = 16,
     spread: int = 2,
+    blends: int = 8,
     seed: int = 0,
     watch: Callable[[dict[str, float]], None] | None = None,
 ) -> LayerCosts:
     """Learn what each layer costs the meter's samples at about Ω = `sparsity`.
 
     Args:
-        meter: samples of one group of tasks; each is measured about equally often.
+        meter: samples of one group of tasks; each is measured about equally often. Different samples tell more than
+            the same ones again: half of a slope's variance is between samples.
         sparsity: Ω wanted.
         measurements: (sample, route) pairs, each one pass of one sample with gradients.
         batch: pairs between two looks at the costs.
         spread: routes have up to this many sparse layers more or fewer than wanted, so that a dial moves well.
+        blends: most layers of a route that are blends; fewer measure less a pass, more hide what layers cost.
         seed: of the order of samples and the draws.
         watch: called with each row of the curve.
 
     Raises:
-        ValueError: a sparsity outside (0, 1), or fewer than two measurements.
+        ValueError: a sparsity outside (0, 1), fewer than two measurements, or routes without a blend.
     """
     layers = meter.layers
     if not 0.0 < sparsity < 1.0:
         raise ValueError(f"sparsity must lie strictly between 0 and 1, got {sparsity!r}")
     if measurements < 2 or batch < 1:
         raise ValueError(f"costs with a deviation need two measurements, got {measurements} in batches of {batch}")
+    if blends < 1:
+        raise ValueError(f"a layer is measured as a blend, so routes need at least one, got {blends}")
     generator = torch.Generator().manual_seed(seed)
-    slopes: list[Tensor] = []
-    mean = deviation = torch.zeros(layers, dtype=torch.float64)
+    costs = _Costs(layers)
     curve: list[dict[str, float]] = []
     queue: list[int] = []
     done = 0
+
+    def draw(count: int) -> Tensor:
+        if done < _BLIND * measurements:
+            return torch.rand(count, layers, generator=generator, dtype=torch.float64)
+        cheap, dear = costs.mean.quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
+        noise = torch.randn(count, layers, generator=generator, dtype=torch.float64)
+        return costs.mean + (costs.deviation + _NOISE * (dear - cheap)) * noise
+
     while done < measurements:
         count = min(batch, measurements - done)
         while len(queue) < count:
             queue += torch.randperm(len(meter.samples), generator=generator).tolist()
         members, queue = queue[:count], queue[count:]
-        if done < _BLIND * measurements:
-            scores = torch.rand(count, layers, generator=generator, dtype=torch.float64)
-        else:
-            low, high = mean.quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
-            noise = torch.randn(count, layers, generator=generator, dtype=torch.float64)
-            scores = mean + (deviation + (high - low)) * noise
         wanted = round(sparsity * layers) + torch.randint(-spread, spread + 1, (count,), generator=generator)
-        rank = scores.argsort(1).argsort(1)
-        sparse = (rank < wanted.clamp(1, layers - 1)[:, None]).T
-        away = torch.rand(layers, count, generator=generator) / 2
-        loss, slope = meter.slopes(members, torch.where(sparse, away, 1 - away))
-        slopes.append(slope.double())
+        sparse, other = ((_places(draw(count)) < wanted.clamp(1, layers - 1)[:, None]).T for _ in range(2))
+        moved = sparse != other
+        chance = torch.where(moved, torch.rand(layers, count, generator=generator), 2.0)
+        place = _places(chance.T).T
+        moved &= place < blends
+        gates = torch.where(moved, torch.rand(layers, count, generator=generator), (~sparse).float())
+        loss, slope = meter.slopes(members, gates)
+        costs.add(slope, moved)
         done += count
-        found = torch.cat(slopes, 1)
-        mean = found.mean(1)
-        if done > 1:
-            deviation = found.std(1) / done**0.5
-        row = {
-            "measured": float(done),
-            "sparsity": float(sparse.float().mean()),
-            "loss": float((loss - meter.dense.loss[members]).mean()),
-        }
+        row = {"measured": float(done), "sparsity": float(sparse.float().mean()), "loss": float(loss.mean())}
         curve.append(row)
         if watch is not None:
             watch(row)
-    return LayerCosts(mean, deviation, curve)
+    return LayerCosts(costs.mean, costs.deviation, curve)
+
+
+def _places(scores: Tensor) -> Tensor:
+    """Place of each score in its row, the smallest first."""
+    return scores.argsort(1).argsort(1)
+
+
+class _Costs:
+    """Running mean of each layer's slopes, and that mean's deviation, float64 `[L]`."""
+
+    def __init__(self, layers: int) -> None:
+        self._count, self._sum, self._squares = torch.zeros(3, layers, dtype=torch.float64)
+
+    def add(self, slopes: Tensor, measured: Tensor) -> None:
+        """Slopes `[L, n]`, those that were `measured` (bool `[L, n]`)."""
+        slopes = torch.where(measured, slopes.double(), 0.0)
+        self._count += measured.sum(1)
+        self._sum += slopes.sum(1)
+        self._squares += slopes.square().sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._count.clamp_min(1)
+
+    @property
+    def deviation(self) -> Tensor:
+        count = self._count.clamp_min(1)
+        variance = (self._squares / count - self.mean.square()).clamp_min(0)
+        # A layer's few measurements may agree by chance: all layers' variance counts as one more.
+        common = self._squares.sum() / self._count.sum().clamp_min(1)
+        return ((count * variance + common) / (count + 1) / count).sqrt()
