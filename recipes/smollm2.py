@@ -64,7 +64,7 @@ from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_
 #: that is asked for, nor well one needle from several: needles of all kinds share a group.
 DEFAULT_GROUPS = (
     "needles:0.6:niah*,needle_interview" + 4 * ",open_question" + ":niah_single_2,niah_multikey_1",
-    "lookups:0.667:variable*,kv*,passage_count:needle_interview,variable_copies",
+    "lookups:0.7:variable*,kv*,passage_count:needle_interview,variable_copies",
     "summary:0.9:module_summary,open_request,open_request:=lookups",
     "code:0.85:code_completion:code_second_half,prose_second_half",
     "prose:0.867:prose_continuation:=code",
