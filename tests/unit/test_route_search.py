@@ -56,7 +56,8 @@ def test_route_search_finds_the_layers_that_matter_together():
     # Few layers are blends; the others run as routes with about three sparse layers do.
     gates = torch.cat(meter.gates, 1)
     blended = (gates > 0) & (gates < 1)
-    assert int(blended.sum(0).max()) == 2 and 0.2 < float(gates[blended].min()) + 0.2 < float(gates[blended].max())
+    assert int(blended.sum(0).min()) >= 1 and int(blended.sum(0).max()) == 2
+    assert 0.2 < float(gates[blended].min()) + 0.2 < float(gates[blended].max())
     hard = (gates == 0).sum(0)
     assert int(hard.max()) <= 4 and int((hard + blended.sum(0)).min()) >= 2
 

@@ -104,11 +104,15 @@ def search_routes(
             queue += torch.randperm(len(meter.samples), generator=generator).tolist()
         members, queue = queue[:count], queue[count:]
         wanted = round(sparsity * layers) + torch.randint(-spread, spread + 1, (count,), generator=generator)
-        sparse, other = ((_places(draw(count)) < wanted.clamp(1, layers - 1)[:, None]).T for _ in range(2))
-        moved = sparse != other
+        border = wanted.clamp(1, layers - 1)[:, None]
+        place, other = _places(draw(count)), _places(draw(count))
+        sparse = (place < border).T
+        moved = sparse != (other < border).T
+        # Draws that agree, as of few layers they often do, still have a layer on each side of the border.
+        moved = torch.where(moved.any(0), moved, ((place == border) | (place == border - 1)).T)
         chance = torch.where(moved, torch.rand(layers, count, generator=generator), 2.0)
-        place = _places(chance.T).T
-        moved &= place < blends
+        chosen = _places(chance.T).T
+        moved &= chosen < blends
         gates = torch.where(moved, torch.rand(layers, count, generator=generator), (~sparse).float())
         loss, slope = meter.slopes(members, gates)
         costs.add(slope, moved)
