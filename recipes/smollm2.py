@@ -69,7 +69,7 @@ DEFAULT_GROUPS = (
     "code:0.85:code_completion:code_second_half,prose_second_half",
     "prose:0.867:prose_continuation:=code",
     "fewshot:0.867:fewshot_topic,fewshot_sentiment:topic_labels,sentiment_labels",
-    "words:0.933:common_words:=fewshot",
+    "words:0.933:common_words,common_numbers,common_codes:=fewshot",
 )
 EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_completion")
 
@@ -105,7 +105,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--measurements",
         type=int,
         nargs="+",
-        default=[1280, 512, 0, 256, 0, 320, 0],
+        default=[1216, 448, 0, 352, 0, 512, 0],
         help="passes with gradients, one or one a group",
     )
     add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -146,6 +147,16 @@ def test_frequent_words_are_the_most_frequent(drawn, tokenizer):
     for sample in drawn["frequent_words", "test"]:
         a, b, c = sample.meta["counts"]
         assert a > b > c > 0
+
+
+@pytest.mark.parametrize("name", ["common_words", "common_numbers", "common_codes"])
+def test_common_items_are_the_commonest(drawn, tokenizer, name):
+    for split in corpus.SPLITS:
+        for sample in drawn[name, split]:
+            listed = Counter(tokenizer.decode(sample.prompt_ids).split())
+            answers = set(sample.answers)
+            rest = [count for word, count in listed.items() if word not in answers and sum(map(str.isalnum, word)) > 3]
+            assert len(answers) == 10 and min(listed[word] for word in answers) > max(rest), (name, split)
 
 
 def test_continuation_is_the_source(drawn, tokenizer):

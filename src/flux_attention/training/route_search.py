@@ -58,7 +58,7 @@ def search_routes(
     *,
     batch: int = 16,
     spread: int = 2,
-    blends: int = 8,
+    blends: int | None = None,
     seed: int = 0,
     watch: Callable[[dict[str, float]], None] | None = None,
 ) -> LayerCosts:
@@ -71,7 +71,8 @@ def search_routes(
         measurements: (sample, route) pairs, each one pass of one sample with gradients.
         batch: pairs between two looks at the costs.
         spread: routes have up to this many sparse layers more or fewer than wanted, so that a dial moves well.
-        blends: most layers of a route that are blends; fewer measure less a pass, more hide what layers cost.
+        blends: most layers of a route that are blends, by default two for three full ones, at least two: fewer measure
+            less a pass, more hide what layers cost.
         seed: of the order of samples and the draws.
         watch: called with each row of the curve.
 
@@ -83,6 +84,8 @@ def search_routes(
         raise ValueError(f"sparsity must lie strictly between 0 and 1, got {sparsity!r}")
     if measurements < 2 or batch < 1:
         raise ValueError(f"costs with a deviation need two measurements, got {measurements} in batches of {batch}")
+    if blends is None:
+        blends = max(2, 2 * round((1 - sparsity) * layers) // 3)
     if blends < 1:
         raise ValueError(f"a layer is measured as a blend, so routes need at least one, got {blends}")
     generator = torch.Generator().manual_seed(seed)

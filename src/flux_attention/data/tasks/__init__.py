@@ -44,6 +44,8 @@ _BUILT_IN: tuple[Task, ...] = (
     PassageRetrieval(name="passage_retrieval", held_out=True),
     PassageCount(name="passage_count"),
     CommonWords(name="common_words"),
+    CommonWords(name="common_numbers", items="numbers"),
+    CommonWords(name="common_codes", items="codes"),
     FrequentWords(name="frequent_words", held_out=True),
     FewShotClassification(name="fewshot_topic", theme="topic"),
     FewShotClassification(name="fewshot_sentiment", theme="sentiment"),

@@ -1,4 +1,4 @@
-"""RULER's common words extraction: the words that a long numbered list repeats most."""
+"""RULER's common words extraction: the words that a long numbered list repeats most; the same with other items."""
 
 from __future__ import annotations
 
@@ -35,27 +35,74 @@ _TRAIN = (
         "The {count} commonest words are:",
     ),
 )
+_ITEMS_TEST = (
+    (
+        "These {items} were written down one after the other.",
+        "Which {count} {items} were written down most?",
+        "Written down most:",
+    ),
+)
+_ITEMS_TRAIN = (
+    (
+        "Count how often each of these {items} comes up.",
+        "Which {count} {items} come up most often? Only name them.",
+        "Most often come up:",
+    ),
+    (
+        "Here are {items} in no order, many of them repeated.",
+        "List the {count} {items} with the most occurrences, without an explanation.",
+        "The {count} {items} with the most occurrences are:",
+    ),
+    (
+        "What follows is a log of {items}. Keep a tally.",
+        "By the tally, what are the {count} most frequent {items} above?",
+        "By the tally, the {count} most frequent {items} are:",
+    ),
+)
+
+
+def _numbers(rng: random.Random, count: int) -> list[str]:
+    return [str(number) for number in rng.sample(range(1000, 100_000), count)]
+
+
+def _codes(rng: random.Random, count: int) -> list[str]:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    codes: dict[str, None] = {}
+    while len(codes) < count:
+        codes["".join(rng.choice(letters) for _ in range(rng.randint(3, 5))) + str(rng.randrange(10))] = None
+    return list(codes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonWords(TextTask):
-    """`common` words `common_times` each among words that come `rare_times` each, shuffled.
+    """`common` items `common_times` each among items that come `rare_times` each, shuffled.
 
-    Their order in the answer is free, hence no teacher-forced accuracy.
+    Their order in the answer is free, hence no teacher-forced accuracy. Items: "words" in a numbered list, as the
+    original has them, "numbers" or "codes" without numbers before them.
     """
 
     task_class: str = HOLISTIC
     teacher_forced: bool = False
+    items: str = "words"
     common: int = 10
     common_times: int = 30
     rare_times: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.items not in ("words", "numbers", "codes"):
+            raise ValueError(f"task {self.name!r}: items must be words, numbers or codes, got {self.items!r}")
 
     def sizes(self, length: int) -> tuple[int, int]:
         return self.common, max(self.common, (length - 150) // 5)
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
-        (intro, question, prefix), index = choose(rng, split, _TRAIN, _TEST)
+        words = self.items == "words"
+        phrasings = (_TRAIN, _TEST) if words else (_ITEMS_TRAIN, _ITEMS_TEST)
+        (intro, question, prefix), index = choose(rng, split, *phrasings)
         pool = list(NOUNS + ADJECTIVES)
+        if not words:
+            pool = (_numbers if self.items == "numbers" else _codes)(rng, len(pool))
         rng.shuffle(pool)
         common, rare = pool[: self.common], pool[self.common :]
         # Short lists keep the ratio of common to rare repetitions instead of the counts.
@@ -65,9 +112,12 @@ class CommonWords(TextTask):
         each = max(1, min(self.rare_times, times // 4))
         listed += [rare[i // each % len(rare)] for i in range(rest)]
         rng.shuffle(listed)
-        text = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
-        fields = {"count": str(self.common)}
+        text = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1)) if words else " ".join(listed)
+        fields = {"count": str(self.common), "items": self.items}
         meta = {"phrasing": index, "words": size, "common_times": times}
         return Draft(
-            "\n".join((intro, text, question.format(**fields))), prefix.format(**fields), tuple(common), meta=meta
+            "\n".join((intro.format(**fields), text, question.format(**fields))),
+            prefix.format(**fields),
+            tuple(common),
+            meta=meta,
         )
