@@ -20,6 +20,7 @@ Samples are made by processes before the GPU is touched; --samples keeps them in
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -176,11 +177,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+@functools.cache
+def read_run(path: Path) -> dict[str, Any]:
+    """Results that an earlier run wrote (`--results`)."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
     """Everything the run needs: phases use different numbers of the training split, evaluation the test split."""
     groups: list[Group] = options.group
     jobs: dict[str, list[Job]] = {"fit": [], "gates": []}
-    known = set() if options.costs is None else set(json.loads(options.costs.read_text())["rankings"])
+    known = set() if options.costs is None else set(read_run(options.costs)["rankings"])
     for group in groups:
         jobs[f"search:{group.name}"] = spread_jobs(
             group.searched or group.tasks,
@@ -263,7 +271,7 @@ def earlier_searches(path: Path | None, cost: CostMeter) -> dict[str, LayerCosts
     """Costs of groups that an earlier run found; what was spent then was spent for this adapter."""
     if path is None:
         return {}
-    run = json.loads(path.read_text())
+    run = read_run(path)
     cost.add("search", **run["phases"].get("search", {}))
     return {
         name: LayerCosts(torch.tensor(row["costs"]), torch.tensor(row["deviations"]), row["curve"])
