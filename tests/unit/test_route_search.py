@@ -71,6 +71,26 @@ def test_layers_near_the_border_are_measured_most():
     assert int(counts[[2, 5]].min()) > 1.5 * int(counts[[0, 1, 3]].max())
 
 
+class BuildingMeter(PlantedMeter):
+    """Layer 2 is needed where layer 0 is full, and does harm where it is not, which is most of the time by chance."""
+
+    layers = 24
+
+    def slopes(self, indices, gates):
+        gates = gates.double().requires_grad_()
+        sparse = 1 - gates
+        hidden = 0.05 * gates[0] * sparse[2] - 0.03 * sparse[0] * sparse[2]
+        loss = 0.1 * sparse[0] + hidden + 0.01 * sparse[3:9].sum(0)
+        (slope,) = torch.autograd.grad(loss.sum(), gates)
+        noise = 1e-3 * torch.randn(slope.shape, generator=self.generator)
+        return loss.detach().float(), torch.where((gates > 0) & (gates < 1), (-slope).float() + noise, 0.0).detach()
+
+
+def test_a_layer_that_another_one_hides_is_found():
+    orders = [search_routes(BuildingMeter(), 0.9, 800, batch=16, spread=1, seed=seed).order for seed in range(12)]
+    assert sum(order[-2:] == [2, 0] for order in orders) >= 11
+
+
 def test_few_noisy_measurements_are_enough():
     """Noise as large as what is to be found, and twice as many measurements as there are routes of three layers."""
     orders = [search_routes(PlantedMeter(deviation=0.25), 0.5, 40, batch=10, seed=seed).order for seed in range(12)]

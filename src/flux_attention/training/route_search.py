@@ -3,13 +3,14 @@
 A measurement is one sample under a route of its own in which a few layers are blends of their two sides and all others
 run as routed. Over a gate that is uniform in (0, 1), a blend's mean slope is what its layer adds to the loss from full
 to sparse, beside the others as they are; one pass with gradients gives it for all blends. The mean over the
-measurements is a layer's cost. Hard gates would have no such slope: at z = 1 a loss that is near its least is flat, and
-at z = 0 so is that of an answer that is lost. Nor may all layers be blends: a layer that is half there retrieves nearly
-as well as a whole one, so blends stand in for what the others miss, and costs of the second rank vanish.
+measurements, later ones counting more, is a layer's cost. Hard gates would have no such slope: at z = 1 a loss that is
+near its least is flat, and at z = 0 so is that of an answer that is lost. Nor may all layers be blends: a layer that is
+half there retrieves nearly as well as a whole one, so blends stand in for what the others miss, and costs of the second
+rank vanish.
 
-Two draws of the costs (Thompson sampling for combinatorial bandits, Chapelle & Li, 2011) give two routes of the wanted
-Ω; the blends are layers on which the two disagree, which are those near the border between sparse and full. Path
-integrals of gates: integrated gradients (Sundararajan et al., arXiv 1703.01365).
+Two draws of the costs (Thompson sampling, Chapelle & Li, 2011; with a discount: Raj & Kalyani, arXiv 1707.09727) give
+two routes of the wanted Ω; the blends are layers on which the two disagree, which are those near the border between
+sparse and full. Path integrals of gates: integrated gradients (Sundararajan et al., arXiv 1703.01365).
 
 Shapes: `L` routable layers, `n` measurements.
 """
@@ -26,6 +27,9 @@ from flux_attention.training.damage import DamageMeter
 
 #: Share of the measurements whose routes are drawn blindly, before costs are looked at.
 _BLIND = 0.125
+#: Share of the measurements after which one counts half. What a layer costs depends on the others, and early routes
+#: lack layers that all build on: most layers cost nothing there. What blind routes showed counts as one measurement.
+_HALF_LIFE = 0.5
 #: Noise of a draw beside the costs' own uncertainty, in distances between a cheap layer's cost and a dear one's: layers
 #: that stand in for each other show it in routes that differ. Twice as much spends passes on layers that are settled.
 _NOISE = 0.5
@@ -95,13 +99,17 @@ def search_routes(
     done = 0
 
     def draw(count: int) -> Tensor:
-        if done < _BLIND * measurements:
+        if blind:
             return torch.rand(count, layers, generator=generator, dtype=torch.float64)
         cheap, dear = costs.mean.quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
         noise = torch.randn(count, layers, generator=generator, dtype=torch.float64)
         return costs.mean + (costs.deviation + _NOISE * (dear - cheap)) * noise
 
+    blind = True
     while done < measurements:
+        if blind and done >= _BLIND * measurements:
+            blind = False
+            costs.count_once()
         count = min(batch, measurements - done)
         while len(queue) < count:
             queue += torch.randperm(len(meter.samples), generator=generator).tolist()
@@ -118,7 +126,7 @@ def search_routes(
         moved &= chosen < blends
         gates = torch.where(moved, torch.rand(layers, count, generator=generator), (~sparse).float())
         loss, slope = meter.slopes(members, gates)
-        costs.add(slope, moved)
+        costs.add(slope, moved, keep=0.5 ** (count / (_HALF_LIFE * measurements)))
         done += count
         row = {"measured": float(done), "sparsity": float(sparse.float().mean()), "loss": float(loss.mean())}
         curve.append(row)
@@ -133,25 +141,31 @@ def _places(scores: Tensor) -> Tensor:
 
 
 class _Costs:
-    """Running mean of each layer's slopes, and that mean's deviation, float64 `[L]`."""
+    """Mean of each layer's slopes, newer ones counting more, and that mean's deviation, float64 `[L]`."""
 
     def __init__(self, layers: int) -> None:
         self._count, self._sum, self._squares = torch.zeros(3, layers, dtype=torch.float64)
 
-    def add(self, slopes: Tensor, measured: Tensor) -> None:
-        """Slopes `[L, n]`, those that were `measured` (bool `[L, n]`)."""
+    def add(self, slopes: Tensor, measured: Tensor, keep: float) -> None:
+        """Slopes `[L, n]`, those that were `measured` (bool `[L, n]`); `keep`: what all before them still counts."""
         slopes = torch.where(measured, slopes.double(), 0.0)
-        self._count += measured.sum(1)
-        self._sum += slopes.sum(1)
-        self._squares += slopes.square().sum(1)
+        for sums, new in ((self._count, measured.double()), (self._sum, slopes), (self._squares, slopes.square())):
+            sums.mul_(keep).add_(new.sum(1))
+
+    def count_once(self) -> None:
+        """All that a layer has shown so far counts as one measurement at the most."""
+        once = self._count.clamp_min(1)
+        for sums in (self._count, self._sum, self._squares):
+            sums.div_(once)
 
     @property
     def mean(self) -> Tensor:
-        return self._sum / self._count.clamp_min(1)
+        return torch.where(self._count > 0, self._sum / self._count, 0.0)
 
     @property
     def deviation(self) -> Tensor:
-        count = self._count.clamp_min(1)
+        # What was hardly measured is not known better than by a quarter of a measurement.
+        count = self._count.clamp_min(0.25)
         variance = (self._squares / count - self.mean.square()).clamp_min(0)
         # A layer's few measurements may agree by chance: all layers' variance counts as one more.
         common = self._squares.sum() / self._count.sum().clamp_min(1)
