@@ -263,7 +263,6 @@ def test_only_answered_samples_calibrate():
     meter = DamageMeter(controller, samples)
     assert meter.answered() == [0, 1, 3]
     assert meter.answered(least=0.0) == [0, 1, 2, 3]
-    # The lead of a random token is far behind: out of reach, but right at once when it is the model's own.
     torch.testing.assert_close(meter.dense.loss, meter.routes(torch.ones(1, meter.layers).bool()).loss[0])
     # A subset shares what is known; KL alone needs the dense model's answers.
     assert meter.subset([2, 0]).dense.loss.tolist() == meter.dense.loss[[2, 0]].tolist()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from flux_attention.training.damage import Measured
 from flux_attention.training.route_search import search_routes
 
 
@@ -22,10 +21,6 @@ class PlantedMeter:
         self.hardness = torch.rand(40, generator=torch.Generator().manual_seed(0))
         self.seen: list[int] = []
         self.gates: list[torch.Tensor] = []
-
-    @property
-    def dense(self):
-        return Measured(*[self.hardness] * 5)
 
     def slopes(self, indices, gates):
         self.seen += indices
@@ -46,7 +41,8 @@ def test_route_search_finds_the_layers_that_matter_together():
     # Three sparse layers: the two that nobody needs, and one of the two that stand in for each other.
     assert set(found.order[:2]) == {0, 3}
     assert found.order[2] in (2, 5)
-    assert bool((found.deviation > 0).all()) and float(found.deviation.max()) < 0.1
+    assert set(found.order[4:]) == {1, 4}
+    assert bool((found.deviation > 0).all()) and float(found.deviation.max()) < 0.05
     # The slopes' mean is what a layer adds from full to sparse, to the noise.
     assert float(found.mean[1]) == pytest.approx(0.52, abs=0.15)
     assert float(found.mean[0]) == pytest.approx(0.02, abs=0.03)
@@ -57,7 +53,7 @@ def test_route_search_finds_the_layers_that_matter_together():
     gates = torch.cat(meter.gates, 1)
     blended = (gates > 0) & (gates < 1)
     assert int(blended.sum(0).min()) >= 1 and int(blended.sum(0).max()) == 2
-    assert 0.2 < float(gates[blended].min()) + 0.2 < float(gates[blended].max())
+    assert float(gates[blended].min()) < 0.1 and float(gates[blended].max()) > 0.9
     hard = (gates == 0).sum(0)
     assert int(hard.max()) <= 4 and int((hard + blended.sum(0)).min()) >= 2
 

@@ -209,6 +209,8 @@ def test_bad_arguments(tokenizer):
         make_samples("needle1", 0, 500, 0, "test", tokenizer)
     with pytest.raises(ValueError, match="asked"):
         Needle(name="x", keys=1, asked=2)
+    with pytest.raises(ValueError, match="items must be words, numbers or codes"):
+        replace(TASKS["common_words"], items="letters")
     with pytest.raises(ValueError, match="unknown text source"):
         replace(TASKS["niah_single_2"], test_haystack="nope").sample(random.Random(0), tokenizer, 500, "test")
     with pytest.raises(ValueError, match="metric"):

@@ -109,3 +109,8 @@ class SoftRouting:
 def host_decisions(gates: Tensor) -> tuple[tuple[bool, ...], ...]:
     """Straight-through gates `[L, S]` as booleans on the host; waits for the device once."""
     return tuple(tuple(value > 0.5 for value in row) for row in gates.detach().tolist())
+
+
+def exact_values(gates: Tensor) -> tuple[tuple[bool | None, ...], ...]:
+    """Forced gates `[L, S]` on the host as `SoftRouting.forced_exact` takes them; waits where they are on a device."""
+    return tuple(tuple(None if 0 < value < 1 else value == 1 for value in row) for row in gates.tolist())

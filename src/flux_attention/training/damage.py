@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flux_attention.data.sample import Sample
 from flux_attention.models.controller import FluxAttention
-from flux_attention.models.step import SoftRouting
+from flux_attention.models.step import SoftRouting, exact_values
 from flux_attention.route import Dense, Fixed, Route
 from flux_attention.training.answers import forced_logits
 from flux_attention.training.objective import token_kl
@@ -82,11 +82,6 @@ def _nll_and_soft(sample: Sample, logits: Tensor, target: Tensor) -> tuple[Tenso
     """What `answer_loss` takes, of logits `[A, V]` of the answer's tokens `target [A]`: float32 scalars."""
     nll = F.cross_entropy(logits.float(), target)
     return nll, softened_accuracy(sample, logits, target) if counts_as_whole(sample) else torch.ones_like(nll)
-
-
-def _exact_values(gates: Tensor) -> tuple[tuple[bool | None, ...], ...]:
-    """True for a gate of exactly 1, False for 0, None for a fraction."""
-    return tuple(tuple(None if 0 < z < 1 else z == 1 for z in row) for row in gates.tolist())
 
 
 def _nothing_yet(pairs: int) -> Measured:
@@ -205,7 +200,7 @@ class DamageMeter:
         for places in self.batches(indices, self.gradient_tokens):
             samples = [self.samples[indices[place]] for place in places]
             chosen = gates[:, places].float().to(self.controller.device).requires_grad_()
-            exact = _exact_values(gates[:, places])
+            exact = exact_values(gates[:, places])
             with torch.enable_grad(), self.controller.soft_routing(SoftRouting(forced=chosen, forced_exact=exact)):
                 answers = zip(samples, *forced_logits(self.controller, samples), strict=True)
                 loss = torch.stack([answer_loss(answer[0], *_nll_and_soft(*answer)) for answer in answers])

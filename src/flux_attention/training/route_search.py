@@ -96,7 +96,7 @@ def search_routes(
     costs = _Costs(layers)
     curve: list[dict[str, float]] = []
     queue: list[int] = []
-    done = 0
+    done, blind = 0, True
 
     def draw(count: int) -> Tensor:
         if blind:
@@ -105,7 +105,6 @@ def search_routes(
         noise = torch.randn(count, layers, generator=generator, dtype=torch.float64)
         return costs.mean + (costs.deviation + _NOISE * (dear - cheap)) * noise
 
-    blind = True
     while done < measurements:
         if blind and done >= _BLIND * measurements:
             blind = False
