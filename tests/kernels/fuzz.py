@@ -167,13 +167,18 @@ def _dense(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int)
 
 def _streaming(rng: random.Random, impl: str, device: str, kind: Kind, max_len: int) -> Case:
     sizes = _streaming_sizes(rng, device)
+    block = sizes["block"]
     packing = random_packing(rng, max_len, device)
+    # Half of the requests begin with a block and lack whole blocks, as those of a prefill in chunks do.
+    step = rng.choice((1, block))
+    starts = [start // step * step for start in packing.starts]
+    q_lens = tuple(n - start for n, start in zip(packing.k_lens, starts, strict=True))
     gaps = []
-    for start in packing.starts:
-        most = max(0, start // sizes["block"] * sizes["block"] - sizes["window"] - sizes["sink"])
-        gaps.append(rng.choice((0, most, rng.randint(0, most))))
+    for start in starts:
+        most = max(0, start // block * block - sizes["window"] - sizes["sink"])
+        gaps.append(rng.choice((0, most, rng.randint(0, most) // step * step)))
     k_lens = tuple(n - g for n, g in zip(packing.k_lens, gaps, strict=True))
-    packing = Packing(packing.q_lens, k_lens, tuple(gaps))
+    packing = Packing(q_lens, k_lens, tuple(gaps))
     tensors = random_qkv(packing, device, kind)
     shape = f"{packing} {sizes} {kind}"
     kwargs = {"packing": packing, "scale": kind.dim**-0.5, **sizes}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
+import types
 
 import pytest
 import torch
 from torch import Tensor
 
-from flux_attention.kernels import api, block_lists, block_score, block_sparse, reference, streaming, streaming_pages
+from flux_attention.kernels import api, block_lists, block_score, block_sparse, reference, streaming, streaming_tiles
 from flux_attention.kernels.api import Packing
 from flux_attention.kernels.block_lists import TILE, BlockLists
 from tests.kernels.fuzz import choice_error
@@ -168,33 +170,53 @@ def test_compact() -> None:
             assert not index[a, b, count[a, b] :].any()
 
 
-def _paged_causal(
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    *,
+    sink: int,
+    window: int,
+    block: int,
     scale: float,
-    table: Tensor | None = None,
-    lengths: Tensor | None = None,
+    offsets: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """What flash-attn-4's causal kernel computes, with and without a page table and lengths of its rows."""
-    for b in range(q.shape[0]):
-        keys, values = (t[b] if table is None else t[table[b].long()].flatten(0, 1) for t in (k, v))
-        n = keys.shape[0] if lengths is None else int(lengths[b])
-        packing = Packing((q.shape[1],), (n,))
-        out[b] = reference.dense_attention(q[b], keys[:n], values[:n], packing, scale=scale)
+    """What the kernel computes: streaming attention by its own definition of tiles, sequence by sequence."""
+    if offsets is None:
+        rows = list(zip(q, k, v, out, strict=True))
+    else:
+        (q_at, k_at) = (t.tolist() for t in offsets)
+        rows = [(q[a:b], k[c:d], v[c:d], out[a:b]) for a, b, c, d in zip(q_at, q_at[1:], k_at, k_at[1:], strict=False)]
+    for q_s, k_s, v_s, out_s in rows:
+        before = k_s.shape[0] - q_s.shape[0]
+        assert before % 128 == 0
+        for first in range(0, q_s.shape[0], 128):
+            own = (before + first) // 128
+            start = own // block * block - window
+            tiles = range(own + 1) if start <= sink else [*range(sink), *range(start, own + 1)]
+            seen = torch.cat([torch.arange(t * 128, min(t * 128 + 128, k_s.shape[0])) for t in tiles])
+            queries = q_s[first : first + 128]
+            seen = seen[seen < before + first + queries.shape[0]]
+            packing = Packing((queries.shape[0],), (len(seen),))
+            out_s[first : first + 128] = reference.dense_attention(queries, k_s[seen], v_s[seen], packing, scale=scale)
 
 
-def test_pages_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming_pages, "causal", _paged_causal)
+def test_tiles_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    cute = types.ModuleType("streaming_tiles_cute")
+    cute.launch = _launch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flux_attention.kernels.streaming_tiles_cute", cute)
     rng = random.Random(1)
     torch.manual_seed(0)
-    for _ in range(25):
-        sizes = {"sink": 128 * rng.randint(0, 2), "window": 128 * rng.randint(0, 3), "block": 128}
+    for _ in range(40):
+        block = rng.choice((128, 128, 256))
+        sizes = {"sink": block * rng.randint(0, 2), "window": block * rng.randint(0, 3), "block": block}
         lens = [rng.randint(1, 1300) for _ in range(rng.randint(1, 3))]
+        if rng.random() < 0.3:
+            lens = lens[:1] * 2
         starts = [rng.choice((0, rng.randrange(n) // 128 * 128)) for n in lens]
-        most = [max(0, start - sizes["window"] - sizes["sink"]) // 128 for start in starts]
-        gaps = tuple(128 * rng.choice((0, m, rng.randint(0, m))) for m in most)
+        most = [max(0, start // block * block - sizes["window"] - sizes["sink"]) // block for start in starts]
+        gaps = tuple(block * rng.choice((0, m, rng.randint(0, m))) for m in most)
         packing = Packing(
             tuple(n - start for n, start in zip(lens, starts, strict=True)),
             tuple(n - gap for n, gap in zip(lens, gaps, strict=True)),
@@ -202,18 +224,23 @@ def test_pages_say_what_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> 
         )
         q, k = qk(packing)
         v = torch.randn_like(k)
-        assert streaming_pages.serves(q, k, v, packing, 128)
+        assert streaming_tiles.serves(q, k, v, packing, block)
         expected = api.streaming_attention(q, k, v, packing, scale=0.25, impl="reference", **sizes)
         out = streaming.streaming_flash4(q, k, v, packing, scale=0.25, **sizes)
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_pages_serve_whole_tiles_without_gradients() -> None:
+def test_tiles_serve_whole_blocks_without_gradients() -> None:
     q, k = qk(Packing((300,), (300,)))
-    assert streaming_pages.serves(q, k, k, Packing((300,), (300,)), 128)
-    assert not streaming_pages.serves(q, k, k, Packing((300,), (300,)), 256)
-    assert not streaming_pages.serves(q, k, k, Packing((299,), (300,)), 128)
-    assert not streaming_pages.serves(q, k.requires_grad_(), k, Packing((300,), (300,)), 128)
+
+    def serves(q: Tensor, packing: Packing, block: int) -> bool:
+        return streaming_tiles.serves(q, k, k, packing, block)
+
+    assert serves(q, Packing((300,), (300,)), 128) and serves(q, Packing((300,), (300,)), 256)
+    assert not serves(q, Packing((300,), (300,)), 64)
+    assert not serves(q, Packing((299,), (300,)), 128)
+    assert serves(q, Packing((172,), (300,), (128,)), 128) and not serves(q, Packing((172,), (300,), (128,)), 256)
+    assert not serves(q.requires_grad_(), Packing((300,), (300,)), 128)
 
 
 def test_heads_are_packed_where_tokens_fill_a_tile() -> None:

@@ -48,6 +48,19 @@ def test_launches_wait_for_the_call(launched):
     assert second().tolist() == [3]
 
 
+def test_a_kernel_of_our_own_is_held_as_well(launched):
+    out = torch.zeros(2)
+
+    def run():
+        held.launch(out.fill_, 3)
+        return out
+
+    make = held.hold(run)
+    assert out.tolist() == [0, 0] and make() is out and out.tolist() == [3, 3]
+    held.launch(out.fill_, 4)
+    assert out.tolist() == [4, 4]
+
+
 def test_only_the_thread_that_holds(launched):
     forward = launched.pop()
 
@@ -72,7 +85,7 @@ def test_an_error_lets_go(launched):
 
 
 def test_what_is_prepared(launched, monkeypatch):
-    """Only where nothing reads the result behind the launch: no gradients, and streaming over pages."""
+    """Only where nothing reads the result behind the launch: no gradients, and streaming over tiles."""
     forward = launched.pop()
     q, packing = torch.zeros(256, 1, 64), Packing((256,), (256,))
 
@@ -88,7 +101,7 @@ def test_what_is_prepared(launched, monkeypatch):
     monkeypatch.setattr(api, "resolve", lambda *_: "flash4")
     assert prepared("dense_attention") and prepared("streaming_attention", block=128)
     assert not launched
-    assert not prepared("streaming_attention", block=256)
+    assert not prepared("streaming_attention", block=192)
     assert not prepared("streaming_attention", packing=Packing((250,), (256,)), block=128)
     assert not prepared("dense_attention", q.clone().requires_grad_())
     assert not prepared("streaming_attention", q.clone().requires_grad_(), block=128)

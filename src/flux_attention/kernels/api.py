@@ -107,13 +107,13 @@ def prepare(
     """
     if resolve(op, impl, q, block) != "flash4":
         return run
-    from flux_attention.kernels import dense, held, streaming_pages
+    from flux_attention.kernels import dense, held, streaming_tiles
 
     # Over lists of blocks, and under gradients, results are put together by what follows the launches.
     plain = not dense.needs_grad(q, k, v)
     if op == "streaming_attention":
         assert block is not None
-        plain = streaming_pages.serves(q, k, v, packing, block)
+        plain = streaming_tiles.serves(q, k, v, packing, block)
     return held.hold(run) if plain else run
 
 

@@ -1,4 +1,4 @@
-"""Attention by flash-attn-4 with everything done but its launch.
+"""Attention by flash-attn-4, or by a kernel made from it, with everything done but its launch.
 
 Between a call of flash-attn-4 and its launch lie a hundred microseconds of Python: checks, a configuration, views.
 Where a device waits for a decision of the host, that time belongs before the decision.
@@ -23,8 +23,16 @@ class _Held(threading.local):
 _held = _Held()
 
 
+def launch(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Launch a compiled kernel, now or, inside `hold`, when what that returned is called."""
+    if _held.launches is None:
+        kernel(*arguments)
+    else:
+        _held.launches.append(functools.partial(kernel, *arguments))
+
+
 class _Kernels:
-    """flash-attn-4's compiled kernels by key, as it looks them up; a kernel that is held notes its call instead."""
+    """flash-attn-4's compiled kernels by key, as it looks them up; what it gets is launched by `launch`."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -36,18 +44,14 @@ class _Kernels:
         self._compiled[key] = kernel
 
     def __getitem__(self, key: Any) -> Callable[..., None]:
-        kernel, launches = self._compiled[key], _held.launches
-        if launches is None:
-            launch: Callable[..., None] = kernel
-            return launch
-        return lambda *arguments: launches.append(functools.partial(kernel, *arguments))
+        return functools.partial(launch, self._compiled[key])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
 
 
 def hold(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Call `run` with the launches of flash-attn-4's forward kernels held back.
+    """Call `run` with the launches of flash-attn-4's forward kernels, and of those run by `launch`, held back.
 
     Returns a function that makes them, on the stream that is current then, and gives what `run` returned. `run`
     must not read what these kernels write: it would read it too early.
@@ -65,9 +69,9 @@ def hold(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     finally:
         _held.launches = None
 
-    def launch() -> Tensor:
+    def make() -> Tensor:
         for one in launches:
             one()
         return out
 
-    return launch
+    return make

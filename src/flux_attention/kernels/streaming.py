@@ -176,15 +176,15 @@ def _tile_mask(
 def streaming_flash4(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, sink: int, window: int, block: int, scale: float
 ) -> Tensor:
-    """`api.streaming_attention` by flash-attn-4, sequence by sequence; `block` a multiple of 128.
+    """`api.streaming_attention` by flash-attn-4; `block` a multiple of 128.
 
-    Without gradients its paged causal kernel runs over page tables (`streaming_pages`); with gradients, or where
-    tiles and blocks do not coincide, its block sparsity over lists of blocks.
+    Without gradients its causal kernel runs over the tiles that are visible (`streaming_tiles`), one launch for all
+    sequences; with gradients, or where a sequence starts inside a tile, its block sparsity over lists of blocks.
     """
-    from flux_attention.kernels import streaming_pages
+    from flux_attention.kernels import streaming_tiles
 
-    if streaming_pages.serves(q, k, v, packing, block):
-        return streaming_pages.attend(q, k, v, packing, sink=sink, window=window, scale=scale)
+    if streaming_tiles.serves(q, k, v, packing, block):
+        return streaming_tiles.attend(q, k, v, packing, sink=sink, window=window, block=block, scale=scale)
     return _over_lists(block_lists.flash4_over, q, k, v, packing, sink, window, block, scale)
 
 
