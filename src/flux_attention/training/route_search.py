@@ -10,7 +10,9 @@ rank vanish.
 
 Two draws of the costs (Thompson sampling, Chapelle & Li, 2011; with a discount: Raj & Kalyani, arXiv 1707.09727) give
 two routes of the wanted Ω; the blends are layers on which the two disagree, which are those near the border between
-sparse and full. Path integrals of gates: integrated gradients (Sundararajan et al., arXiv 1703.01365).
+sparse and full. One blend is any layer, and Ω grows to the one wanted: some layers are worth something only beside
+others, which at first no route holds together. Path integrals of gates: integrated gradients (Sundararajan et al.,
+arXiv 1703.01365).
 
 Shapes: `L` routable layers, `n` measurements.
 """
@@ -30,6 +32,10 @@ _BLIND = 0.125
 #: Share of the measurements after which one counts half. What a layer costs depends on the others, and early routes
 #: lack layers that all build on: most layers cost nothing there. What blind routes showed counts as one measurement.
 _HALF_LIFE = 0.5
+#: Routes begin at this share of the wanted Ω and reach it after this share of the measurements. A layer that needs
+#: others beside it shows its worth while there are many full ones; at the wanted Ω from the start, it is rarely seen
+#: with all of them and looks useless.
+_START, _RAMP = 0.5, 0.75
 #: Noise of a draw beside the costs' own uncertainty, in distances between a cheap layer's cost and a dear one's: layers
 #: that stand in for each other show it in routes that differ. Twice as much spends passes on layers that are settled.
 _NOISE = 0.5
@@ -113,7 +119,8 @@ def search_routes(
         while len(queue) < count:
             queue += torch.randperm(len(meter.samples), generator=generator).tolist()
         members, queue = queue[:count], queue[count:]
-        wanted = round(sparsity * layers) + torch.randint(-spread, spread + 1, (count,), generator=generator)
+        reached = min(1.0, _START + (1 - _START) * done / (_RAMP * measurements))
+        wanted = round(reached * sparsity * layers) + torch.randint(-spread, spread + 1, (count,), generator=generator)
         border = wanted.clamp(1, layers - 1)[:, None]
         place, other = _places(draw(count)), _places(draw(count))
         sparse = (place < border).T
@@ -121,6 +128,12 @@ def search_routes(
         # Draws that agree, as of few layers they often do, still have a layer on each side of the border.
         moved = torch.where(moved.any(0), moved, ((place == border) | (place == border - 1)).T)
         chance = torch.where(moved, torch.rand(layers, count, generator=generator), 2.0)
+        if not blind:
+            # What a layer is worth depends on others that routes may hold by now and did not when it was last seen; one
+            # that looked useless without them is never drawn to the border again.
+            any_layer = torch.randint(layers, (1, count), generator=generator)
+            moved.scatter_(0, any_layer, True)
+            chance.scatter_(0, any_layer, -1.0)
         chosen = _places(chance.T).T
         moved &= chosen < blends
         gates = torch.where(moved, torch.rand(layers, count, generator=generator), (~sparse).float())
