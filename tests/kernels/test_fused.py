@@ -67,10 +67,12 @@ print(json.dumps([len(cases), [str(c) for c in cases if not c.ok]]))
     assert count > 50 and not bad, bad[:3]
 
 
+# One test a kind: most of the time goes into compiling, a core each.
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(9, 3, 64, 576, 1536), (32, 8, 128, 4096, 12288), (7, 1, 32, 130, 65)])
 @torch.no_grad()
-def test_gpu():
-    shapes = ((9, 3, 64, 576, 1536), (32, 8, 128, 4096, 12288), (7, 1, 32, 130, 65))
-    found = list(cases("triton", "cuda", (torch.bfloat16, torch.float16), shapes))
+def test_gpu(shape: tuple[int, ...], dtype: torch.dtype):
+    found = list(cases("triton", "cuda", (dtype,), (shape,)))
     bad = [c for c in found if not c.ok]
-    assert len(found) > 50 and not bad, bad[:3]
+    assert len(found) > 20 and not bad, bad[:3]

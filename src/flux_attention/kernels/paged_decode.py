@@ -6,7 +6,7 @@ Shapes as in `flux_attention.kernels.api.paged_decode`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,9 @@ class DecodeConfig:
     warps: int
     stages: int
 
+
+#: A short row of a mixed batch, where `tune` makes one up, has at most this fraction of the longest: sinks and window.
+_SHORT = 16
 
 #: Tuned configurations by `_key` of a call; `tune` fills it.
 _TUNED: dict[tuple[object, ...], DecodeConfig] = {}
@@ -217,8 +220,10 @@ def tune(
     configs: Iterable[DecodeConfig] | None = None,
     repeats: int = 10,
 ) -> DecodeConfig:
-    """Time the candidates on these tensors and keep the fastest for every later call of about the same shapes.
+    """Time the candidates on these tensors and keep the best for every later call of about the same shapes.
 
+    Rows of different routes share a launch, so candidates are judged on the lengths given and on the same with every
+    other row short: programs that take long stretches suit equal rows and leave a mixed batch waiting for its last.
     CUDA only, and not while a graph is being captured. Lengths should be those of real use; the result is kept for
     heads, head dim, page and dtype, and for rows and `max_pages` up to the next power of two. Shapes that were tuned
     before are not timed again, unless `configs` are given. Raises RuntimeError when no candidate runs.
@@ -228,30 +233,38 @@ def tune(
     key = _key(q, k_pages, page_table)
     if configs is None and key in _TUNED:
         return _TUNED[key]
-    best: tuple[float, DecodeConfig] | None = None
     out = torch.empty_like(q)
-
-    def decode(config: DecodeConfig) -> Tensor:
-        return paged_decode_triton(q, k_pages, v_pages, page_table, lengths, scale=scale, out=out, config=config)
-
+    mixes = [lengths]
+    if q.shape[0] > 1:
+        mixes.append(lengths.clone())
+        mixes[1][1::2].clamp_(max=page_table.shape[1] * k_pages.shape[1] // _SHORT)
+    found: dict[DecodeConfig, list[float]] = {}
     for config in configs if configs is not None else candidates(q):
+
+        def decode(some: Tensor, config: DecodeConfig = config) -> Tensor:
+            return paged_decode_triton(q, k_pages, v_pages, page_table, some, scale=scale, out=out, config=config)
+
         try:
-            for _ in range(2):
-                decode(config)
+            found[config] = [_elapsed(functools.partial(decode, some), q.device, repeats) for some in mixes]
         except OutOfResources:
             continue
-        # A graph, as in use: the host's launch cost would otherwise hide the differences.
-        graph = capture(lambda config=config: [decode(config) for _ in range(repeats)], q.device)  # type: ignore[misc]
-        graph.replay()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        elapsed = start.elapsed_time(end) / repeats
-        if best is None or elapsed < best[0]:
-            best = (elapsed, config)
-    if best is None:
+    if not found:
         raise RuntimeError(f"paged_decode: no launch configuration fits the device for shapes {key}")
-    _TUNED[key] = best[1]
-    return best[1]
+    best = [min(times) for times in zip(*found.values(), strict=True)]
+    _TUNED[key] = min(found, key=lambda config: sum(t / b for t, b in zip(found[config], best, strict=True)))
+    return _TUNED[key]
+
+
+def _elapsed(run: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
+    """Milliseconds of a run on the device."""
+    for _ in range(2):
+        run()
+    # A graph, as in use: the host's launch cost would otherwise hide the differences.
+    graph = capture(lambda: [run() for _ in range(repeats)], device)
+    graph.replay()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
