@@ -10,9 +10,9 @@ rank vanish.
 
 Two draws of the costs (Thompson sampling, Chapelle & Li, 2011; with a discount: Raj & Kalyani, arXiv 1707.09727) give
 two routes of the wanted Ω; the blends are layers on which the two disagree, which are those near the border between
-sparse and full. One blend is any layer, and Ω grows to the one wanted: some layers are worth something only beside
-others, which at first no route holds together. Path integrals of gates: integrated gradients (Sundararajan et al.,
-arXiv 1703.01365).
+sparse and full. Two more are sparse layers, drawn by how uncertain their costs are, and Ω grows to the one wanted: some
+layers are worth something only beside others, which at first no route holds together. Path integrals of gates:
+integrated gradients (Sundararajan et al., arXiv 1703.01365).
 
 Shapes: `L` routable layers, `n` measurements.
 """
@@ -35,7 +35,9 @@ _HALF_LIFE = 0.5
 #: Routes begin at this share of the wanted Ω and reach it after this share of the measurements. A layer that needs
 #: others beside it shows its worth while there are many full ones; at the wanted Ω from the start, it is rarely seen
 #: with all of them and looks useless.
-_START, _RAMP = 0.5, 0.75
+_START, _RAMP = 0.7, 0.5
+#: Blends of a route that are sparse layers of uncertain cost, wherever they rank.
+_EXPLORED = 2
 #: Noise of a draw beside the costs' own uncertainty, in distances between a cheap layer's cost and a dear one's: layers
 #: that stand in for each other show it in routes that differ. Twice as much spends passes on layers that are settled.
 _NOISE = 0.5
@@ -81,8 +83,8 @@ def search_routes(
         measurements: (sample, route) pairs, each one pass of one sample with gradients.
         batch: pairs between two looks at the costs.
         spread: routes have up to this many sparse layers more or fewer than wanted, so that a dial moves well.
-        blends: most layers of a route that are blends, by default two for three full ones, at least two: fewer measure
-            less a pass, more hide what layers cost.
+        blends: most layers of a route that are blends, by default two for three full ones, at least three: fewer
+            measure less a pass, more hide what layers cost.
         seed: of the order of samples and the draws.
         watch: called with each row of the curve.
 
@@ -95,14 +97,14 @@ def search_routes(
     if measurements < 2 or batch < 1:
         raise ValueError(f"costs with a deviation need two measurements, got {measurements} in batches of {batch}")
     if blends is None:
-        blends = max(2, 2 * round((1 - sparsity) * layers) // 3)
+        blends = min(max(3, 2 * round((1 - sparsity) * layers) // 3), layers - 1)
     if blends < 1:
         raise ValueError(f"a layer is measured as a blend, so routes need at least one, got {blends}")
     generator = torch.Generator().manual_seed(seed)
     costs = _Costs(layers)
     curve: list[dict[str, float]] = []
     queue: list[int] = []
-    done, blind = 0, True
+    done, blind, explored = 0, True, min(_EXPLORED, blends - 1)
 
     def draw(count: int) -> Tensor:
         if blind:
@@ -128,12 +130,12 @@ def search_routes(
         # Draws that agree, as of few layers they often do, still have a layer on each side of the border.
         moved = torch.where(moved.any(0), moved, ((place == border) | (place == border - 1)).T)
         chance = torch.where(moved, torch.rand(layers, count, generator=generator), 2.0)
-        if not blind:
+        if not blind and explored:
             # What a layer is worth depends on others that routes may hold by now and did not when it was last seen; one
             # that looked useless without them is never drawn to the border again.
-            any_layer = torch.randint(layers, (1, count), generator=generator)
-            moved.scatter_(0, any_layer, True)
-            chance.scatter_(0, any_layer, -1.0)
+            unsure = torch.multinomial(sparse.T * costs.deviation + 1e-9, explored, generator=generator).T
+            moved.scatter_(0, unsure, True)
+            chance.scatter_(0, unsure, -1.0)
         chosen = _places(chance.T).T
         moved &= chosen < blends
         gates = torch.where(moved, torch.rand(layers, count, generator=generator), (~sparse).float())
