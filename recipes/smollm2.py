@@ -73,7 +73,7 @@ DEFAULT_GROUPS = (
     "code:0.833:code_completion:code_second_half,prose_second_half",
     "prose:0.867:prose_continuation:=code",
     "fewshot:0.867:fewshot_topic,fewshot_sentiment:topic_labels",
-    "words:0.933:common_words,common_numbers,common_codes:=fewshot",
+    "words:0.967:common_words,common_numbers,common_codes:=fewshot",
 )
 EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_completion")
 
