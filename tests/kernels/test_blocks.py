@@ -170,25 +170,9 @@ def test_compact() -> None:
             assert not index[a, b, count[a, b] :].any()
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    *,
-    sink: int,
-    window: int,
-    block: int,
-    scale: float,
-    offsets: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """What the kernel computes: streaming attention by its own definition of tiles, sequence by sequence."""
-    if offsets is None:
-        rows = list(zip(q, k, v, out, strict=True))
-    else:
-        (q_at, k_at) = (t.tolist() for t in offsets)
-        rows = [(q[a:b], k[c:d], v[c:d], out[a:b]) for a, b, c, d in zip(q_at, q_at[1:], k_at, k_at[1:], strict=False)]
-    for q_s, k_s, v_s, out_s in rows:
+def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, sink: int, window: int, block: int, scale: float) -> None:
+    """What the kernel computes: streaming attention by its own definition of tiles, row by row."""
+    for q_s, k_s, v_s, out_s in zip(q, k, v, out, strict=True):
         before = k_s.shape[0] - q_s.shape[0]
         assert before % 128 == 0
         for first in range(0, q_s.shape[0], 128):

@@ -92,6 +92,24 @@ def test_flash4(shape: tuple[int, int, int]) -> None:
         assert same, (op, packing)
 
 
+@pytest.mark.parametrize("op", ["dense", "streaming", "triangle", "block_sparse"])
+def test_a_spoiled_sequence_stays_alone(op: str) -> None:
+    """Tiles reach behind a sequence's end: what another request overflowed to must not come in with them."""
+    hq, hk, dim = HEADS[0]
+    for packing in (Packing((1000, 333, 800), (1000, 333, 800)), Packing((500,) * 3, (900,) * 3)):
+        n, m = packing.totals
+        torch.manual_seed(0)
+        q = torch.randn(n, hq, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(m, hk, dim, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+        function, kwargs = run(op, packing, hq, dim)
+        expected = function(q, k, v, impl="flash4", **kwargs)
+        queries, keys = list(packing.slices())[1]
+        q[queries] = k[keys] = v[keys] = float("nan")
+        out = function(q, k, v, impl="flash4", **kwargs)
+        for other in (slice(0, queries.start), slice(queries.stop, n)):
+            assert torch.equal(out[other], expected[other]), (op, packing)
+
+
 @pytest.mark.parametrize("shape", HEADS[:2], ids=lambda s: "x".join(map(str, s)))
 def test_streaming_over_lists(shape: tuple[int, int, int]) -> None:
     """What training runs: flash-attn-4's block sparsity with the own tile under a mask function."""

@@ -93,15 +93,21 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def dense_flash4(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float) -> Tensor:
-    """`api.dense_attention` by flash-attn-4; one sequence skips the varlen scheduler."""
+    """`api.dense_attention` by flash-attn-4, in one launch for equal sequences and under gradients, else one each.
+
+    Its kernels load whole tiles. What lies behind a sequence's end gets no weight, but a NaN times no weight is one:
+    in a launch of packed sequences a request that overflows would spoil the one before it.
+    """
     if packing.max_q == 0:
         return torch.zeros_like(q)
+    rows = len(packing)
     if packing.uniform:
         from flash_attn.cute import flash_attn_func
 
-        q4, k4, v4 = (t.view(len(packing), -1, *t.shape[1:]) for t in (q, k, v))
+        q4, k4, v4 = (t.view(rows, -1, *t.shape[1:]) for t in (q, k, v))
         out = flash_attn_func(q4, k4, v4, softmax_scale=scale, causal=True)
-    else:
+        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
+    if needs_grad(q, k, v):
         from flash_attn.cute import flash_attn_varlen_func
 
         out = flash_attn_varlen_func(
@@ -115,4 +121,13 @@ def dense_flash4(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: fl
             softmax_scale=scale,
             causal=True,
         )
-    return (out[0] if isinstance(out, tuple) else out).view(q.shape)
+        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
+    # The public functions allocate their output; the sequences share one here.
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for queries, keys in packing.slices():
+        _flash_attn_fwd(
+            q[queries][None], k[keys][None], v[keys][None], out=result[queries][None], softmax_scale=scale, causal=True
+        )
+    return result

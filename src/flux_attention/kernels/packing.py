@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -80,6 +81,12 @@ class Packing:
     def k_offsets(self) -> tuple[int, ...]:
         """S + 1 host offsets of the sequences in the packed keys."""
         return _offsets(self.k_lens)
+
+    def slices(self) -> Iterator[tuple[slice, slice]]:
+        """Where the queries and the keys of each sequence lie, of those that have queries."""
+        for s in range(len(self)):
+            if self.q_lens[s]:
+                yield slice(*self.q_offsets[s : s + 2]), slice(*self.k_offsets[s : s + 2])
 
     def cu_q(self, device: torch.device | str) -> Tensor:
         """int32 [S + 1] query offsets on `device`, made once per device."""

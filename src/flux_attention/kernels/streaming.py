@@ -178,8 +178,8 @@ def streaming_flash4(
 ) -> Tensor:
     """`api.streaming_attention` by flash-attn-4; `block` a multiple of 128.
 
-    Without gradients its causal kernel runs over the tiles that are visible (`streaming_tiles`), one launch for all
-    sequences; with gradients, or where a sequence starts inside a tile, its block sparsity over lists of blocks.
+    Without gradients its causal kernel runs over the tiles that are visible (`streaming_tiles`); with gradients, or
+    where a sequence starts inside a tile, its block sparsity over lists of blocks.
     """
     from flux_attention.kernels import streaming_tiles
 

@@ -1,4 +1,4 @@
-"""Streaming attention in one launch: flash-attn-4's causal kernel over the tiles of keys that hold visible ones.
+"""Streaming attention by flash-attn-4's causal kernel over the tiles of keys that hold visible ones.
 
 The kernel itself, which needs flash-attn-4 to be imported, is `streaming_tiles_cute.py`; here is what it can take and
 how sequences are handed to it. Forward only. Shapes as in `flux_attention.kernels.api`.
@@ -33,8 +33,9 @@ def attend(
         return out
     run = functools.partial(launch, sink=sink // TILE, window=window // TILE, block=block // TILE, scale=scale)
     if packing.uniform:
-        # Equal sequences are a batch, which costs the kernel no look at offsets.
         run(*(t.unflatten(0, (len(packing), -1)) for t in (q, k, v, out)))
     else:
-        run(q, k, v, out, offsets=(packing.cu_q(q.device), packing.cu_k(q.device)))
+        # A launch each: tiles reach behind a sequence's end, where another one's NaN would spoil it (`dense.py`).
+        for queries, keys in packing.slices():
+            run(q[queries][None], k[keys][None], v[keys][None], out[queries][None])
     return out

@@ -93,7 +93,7 @@ class StreamingForward(FlashAttentionForwardSm90):
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype, dim: int, group: int, block: int, packed: bool) -> Any:
+def _compiled(dtype: torch.dtype, dim: int, group: int, block: int) -> Any:
     """The kernel for `group` query heads a key head and `block` tiles a block, seconds to compile."""
     kernel = StreamingForward(
         torch2cute_dtype_map[dtype],
@@ -112,55 +112,23 @@ def _compiled(dtype: torch.dtype, dim: int, group: int, block: int, packed: bool
         block=block,
     )
     # No dimension is one, which a compiler could take for a constant.
-    lead = (2 * TILE,) if packed else (2, 2 * TILE)
-    q, k = (torch.empty(*lead, heads, dim, dtype=dtype, device="cuda") for heads in (2 * group, 2))
+    q, k = (torch.empty(2, 2 * TILE, heads, dim, dtype=dtype, device="cuda") for heads in (2 * group, 2))
     tensors = [to_cute_tensor(t) for t in (q, k, k, q)]
-    offsets = None
-    if packed:
-        starts = torch.zeros(3, dtype=torch.int32, device="cuda")
-        offsets = (to_cute_tensor(starts, assumed_align=4, leading_dim=0),) * 2
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(kernel, *_arguments(tensors, offsets, 1, 1, 1.0), stream, options="--enable-tvm-ffi")
+    return cute.compile(kernel, *_arguments(tensors, 1, 1, 1.0), stream, options="--enable-tvm-ffi")
 
 
-def _arguments(
-    tensors: Sequence[Any], offsets: Sequence[Any] | None, sink: int, window: int, scale: float
-) -> list[Any]:
+def _arguments(tensors: Sequence[Any], sink: int, window: int, scale: float) -> list[Any]:
     """What the kernel is called with, of all that it can do; `tensors`: queries, keys, values, output."""
-    nothing = (None,) * 3
-    return [
-        *tensors,
-        None,
-        scale,
-        *(offsets or (None, None)),
-        *nothing,
-        window,
-        sink,
-        None,
-        None,
-        AuxData(),
-        None,
-        None,
-    ]
+    nothing = (None,) * 5
+    return [*tensors, None, scale, *nothing, window, sink, None, None, AuxData(), None, None]
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    *,
-    sink: int,
-    window: int,
-    block: int,
-    scale: float,
-    offsets: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Streaming attention into `out`; sizes in tiles.
+def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, sink: int, window: int, block: int, scale: float) -> None:
+    """Streaming attention into `out`, `q, out [B, n, Hq, D]`, `k, v [B, m, Hk, D]`; sizes in tiles.
 
-    A batch `[B, n, H, D]`, or packed `[N, H, D]` with the offsets of queries and keys, int32 `[S + 1]`. A sequence's
-    last query sees its last key, and its other end lies whole tiles before or at its first query.
+    The last query sees the last key, and the first one lies whole tiles behind the first key.
     """
-    kernel = _compiled(q.dtype, q.shape[-1], q.shape[-2] // k.shape[-2], block, offsets is not None)
+    kernel = _compiled(q.dtype, q.shape[-1], q.shape[-2] // k.shape[-2], block)
     tensors = [*(maybe_contiguous(t.detach()) for t in (q, k, v)), out]
-    held.launch(kernel, *_arguments(tensors, offsets, sink, window, scale))
+    held.launch(kernel, *_arguments(tensors, sink, window, scale))
