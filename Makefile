@@ -46,6 +46,8 @@ test: lint ## lint, types and all tests that need no GPU
 	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests
 
 test-serving: $(SERVING_STAMP) ## tests of the vLLM plugin on real engines (a 3.4 GB environment of its own)
+	@# Triton comes with vLLM: the kernels run in its interpreter here.
+	@OMP_NUM_THREADS=$(WORKERS) $(SERVING)/bin/python -m pytest -k "triton_interpreter or triton_writes" tests/kernels tests/unit/test_serving.py
 	@OMP_NUM_THREADS=$(WORKERS) $(SERVING)/bin/python -m pytest -m vllm tests/serving
 
 $(SERVING_STAMP): pyproject.toml constraints.txt

@@ -135,7 +135,6 @@ def _pooled(
 ):  # fmt: skip
     """Weighted sum `[D]`, over TOKENS of a sequence's k tokens, of the mean of a token's normalised heads."""
     o_h, o_d = tl.arange(0, HEADS), tl.arange(0, D)
-    m_h = (o_h < HQ)[:, None]
     b_out = tl.zeros([D], tl.float32)
     for i in tl.static_range(TOKENS):
         i_k = i_first + i
@@ -143,7 +142,8 @@ def _pooled(
         i_t = tl.load(p_index + i_k, mask=m_k, other=0).to(tl.int64)
         b_token = tl.load(p_token + i_k, mask=m_k, other=0.0)
         o_x = i_t * HQ * D + o_h[:, None] * D + o_d[None, :]
-        b_x = tl.load(p_q + o_x, mask=m_h & m_k, other=0.0).to(tl.float32)
+        m_h = o_h < tl.where(m_k, HQ, 0)
+        b_x = tl.load(p_q + o_x, mask=m_h[:, None], other=0.0).to(tl.float32)
         if NORM:
             b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
             b_x = b_x * tl.load(p_weight + o_d).to(tl.float32)[None, :]
