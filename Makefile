@@ -16,6 +16,8 @@ GPU_PARALLEL = $(shell $(PYTHON) -c "import importlib.util as i; print('-n 6' if
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Several processes share the cores: more threads than cores slow every one of them down.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# The sources beside what is already on the path.
+SRC_PATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # One word per package: shows that work goes on without pip's hundreds of lines. Errors come on stderr.
 PROGRESS := awk '/^ *Collecting /{printf "%s ", $$2; fflush()} /^Installing/{print "\ninstalling ..."; fflush()}'
 
@@ -71,14 +73,14 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 gpu-test: ## tests that need a CUDA device, with the current python3 and its packages
 	@# Most of the time goes into compiling kernels, a core each. Without pytest-xdist they take turns.
-	@PYTHONPATH=src $(ONE_THREAD) $(PYTHON) -m pytest -m gpu --durations=8 $(GPU_PARALLEL) tests
+	@PYTHONPATH=$(SRC_PATH) $(ONE_THREAD) $(PYTHON) -m pytest -m gpu -rs --durations=8 $(GPU_PARALLEL) tests
 
 bench: ## benchmarks on the current device, written to benchmarks/results
-	@PYTHONPATH=src $(PYTHON) benchmarks/session.py kernels --seconds 3600
-	@PYTHONPATH=src $(PYTHON) benchmarks/session.py model --seconds 3600
-	@PYTHONPATH=src $(PYTHON) benchmarks/end_to_end.py --sections sweep
-	@PYTHONPATH=src $(PYTHON) benchmarks/head_level.py
-	@PYTHONPATH=src $(PYTHON) benchmarks/plots.py
+	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/session.py kernels --seconds 3600
+	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/session.py model --seconds 3600
+	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/end_to_end.py --sections sweep
+	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/head_level.py
+	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/plots.py
 
 train: $(STAMP) ## train the SmolLM2 router that the project ships
 	@$(BIN)/python recipes/smollm2.py
