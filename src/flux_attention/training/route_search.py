@@ -97,7 +97,7 @@ def search_routes(
     if measurements < 2 or batch < 1:
         raise ValueError(f"costs with a deviation need two measurements, got {measurements} in batches of {batch}")
     if blends is None:
-        blends = min(max(3, 2 * round((1 - sparsity) * layers) // 3), layers - 1)
+        blends = max(1, min(max(3, 2 * round((1 - sparsity) * layers) // 3), layers - 1))
     if blends < 1:
         raise ValueError(f"a layer is measured as a blend, so routes need at least one, got {blends}")
     generator = torch.Generator().manual_seed(seed)
