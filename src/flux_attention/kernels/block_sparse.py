@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flux_attention.kernels import block_lists
 from flux_attention.kernels.block_lists import TILE
-from flux_attention.kernels.dense import sdpa
+from flux_attention.kernels.dense import needs_grad, sdpa
 from flux_attention.kernels.packing import Packing
 
 #: Gathered key and value elements a call may hold (64 Mi: 256 MB each in float32).
@@ -28,12 +28,8 @@ def block_sparse_sdpa(
     that one causal mask serves them all.
     """
     pieces = [q.new_empty(0, *q.shape[1:])]
-    for s in range(len(packing)):
-        if packing.q_lens[s]:
-            q_s = q[packing.q_offsets[s] : packing.q_offsets[s + 1]]
-            k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]]
-            v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
-            pieces.append(_one_sequence(q_s, k_s, v_s, blocks[s], packing.starts[s], block, scale))
+    for s, queries, keys in packing.slices():
+        pieces.append(_one_sequence(q[queries], k[keys], v[keys], blocks[s], packing.starts[s], block, scale))
     return pieces[1] if len(pieces) == 2 else torch.cat(pieces)
 
 
@@ -102,14 +98,10 @@ def _over_lists(
     blocks: Sequence[Tensor],
     scale: float,
 ) -> Tensor:
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    gradients = needs_grad(q, k, v)
     pieces = [q.new_empty(0, *q.shape[1:])]
-    for s in range(len(packing)):
-        if not packing.q_lens[s]:
-            continue
-        q_s = q[packing.q_offsets[s] : packing.q_offsets[s + 1]]
-        k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]]
-        v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
+    for s, queries, keys in packing.slices():
+        q_s, k_s, v_s = q[queries], k[keys], v[keys]
         start = packing.starts[s]
         lead = start % TILE
         if lead:

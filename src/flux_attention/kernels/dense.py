@@ -45,11 +45,8 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: floa
         out = _causal(q4, k4, v4, scale).transpose(1, 2).flatten(0, 1)
         return q.new_empty(q.shape[0] + 1, *q.shape[1:]).index_copy_(0, to, out)[:-1]
     pieces = []
-    for s in range(rows):
-        if not packing.q_lens[s]:
-            continue
-        q4 = q[packing.q_offsets[s] : packing.q_offsets[s + 1]].transpose(0, 1)[None]
-        k4, v4 = (t[packing.k_offsets[s] : packing.k_offsets[s + 1]].transpose(0, 1)[None] for t in (k, v))
+    for _, queries, keys in packing.slices():
+        q4, k4, v4 = (t.transpose(0, 1)[None] for t in (q[queries], k[keys], v[keys]))
         pieces.append(_causal(q4, k4, v4, scale)[0].transpose(0, 1))
     return torch.cat(pieces)
 
@@ -100,14 +97,12 @@ def dense_flash4(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: fl
     """
     if packing.max_q == 0:
         return torch.zeros_like(q)
-    rows = len(packing)
     if packing.uniform:
         from flash_attn.cute import flash_attn_func
 
-        q4, k4, v4 = (t.view(rows, -1, *t.shape[1:]) for t in (q, k, v))
+        q4, k4, v4 = (t.view(len(packing), -1, *t.shape[1:]) for t in (q, k, v))
         out = flash_attn_func(q4, k4, v4, softmax_scale=scale, causal=True)
-        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
-    if needs_grad(q, k, v):
+    elif needs_grad(q, k, v):
         from flash_attn.cute import flash_attn_varlen_func
 
         out = flash_attn_varlen_func(
@@ -121,13 +116,12 @@ def dense_flash4(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: fl
             softmax_scale=scale,
             causal=True,
         )
-        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
-    # The public functions allocate their output; the sequences share one here.
-    from flash_attn.cute.interface import _flash_attn_fwd
+    else:
+        # The public functions allocate their output; the sequences share one here.
+        from flash_attn.cute.interface import _flash_attn_fwd
 
-    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for queries, keys in packing.slices():
-        _flash_attn_fwd(
-            q[queries][None], k[keys][None], v[keys][None], out=result[queries][None], softmax_scale=scale, causal=True
-        )
-    return result
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for _, queries, keys in packing.slices():
+            parts = (t[None] for t in (q[queries], k[keys], v[keys]))
+            _flash_attn_fwd(*parts, out=out[queries][None], softmax_scale=scale, causal=True)
+    return (out[0] if isinstance(out, tuple) else out).view(q.shape)

@@ -82,11 +82,11 @@ class Packing:
         """S + 1 host offsets of the sequences in the packed keys."""
         return _offsets(self.k_lens)
 
-    def slices(self) -> Iterator[tuple[slice, slice]]:
-        """Where the queries and the keys of each sequence lie, of those that have queries."""
+    def slices(self) -> Iterator[tuple[int, slice, slice]]:
+        """Each sequence that has queries: its number, and where its queries and its keys lie."""
         for s in range(len(self)):
             if self.q_lens[s]:
-                yield slice(*self.q_offsets[s : s + 2]), slice(*self.k_offsets[s : s + 2])
+                yield s, slice(*self.q_offsets[s : s + 2]), slice(*self.k_offsets[s : s + 2])
 
     def cu_q(self, device: torch.device | str) -> Tensor:
         """int32 [S + 1] query offsets on `device`, made once per device."""

@@ -238,14 +238,12 @@ def tune(
     if q.shape[0] > 1:
         mixes.append(lengths.clone())
         mixes[1][1::2].clamp_(max=page_table.shape[1] * k_pages.shape[1] // _SHORT)
+    decode = functools.partial(paged_decode_triton, q, k_pages, v_pages, page_table, scale=scale, out=out)
     found: dict[DecodeConfig, list[float]] = {}
     for config in configs if configs is not None else candidates(q):
-
-        def decode(some: Tensor, config: DecodeConfig = config) -> Tensor:
-            return paged_decode_triton(q, k_pages, v_pages, page_table, some, scale=scale, out=out, config=config)
-
         try:
-            found[config] = [_elapsed(functools.partial(decode, some), q.device, repeats) for some in mixes]
+            runs = [functools.partial(decode, some, config=config) for some in mixes]
+            found[config] = [_elapsed(run, q.device, repeats) for run in runs]
         except OutOfResources:
             continue
     if not found:

@@ -36,12 +36,8 @@ def streaming_sdpa(
         return _whole_prompts(q, k, v, packing.q_lens, sink, window, block, scale)
     pieces = [q.new_empty(0, *q.shape[1:])]
     tile = max(block, _TILE.get(q.device.type, 256) // block * block)
-    for s in range(len(packing)):
-        if packing.q_lens[s]:
-            q_s = q[packing.q_offsets[s] : packing.q_offsets[s + 1]]
-            k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]]
-            v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
-            pieces += _one_sequence(q_s, k_s, v_s, packing.gaps[s], sink, window, block, tile, scale)
+    for s, queries, keys in packing.slices():
+        pieces += _one_sequence(q[queries], k[keys], v[keys], packing.gaps[s], sink, window, block, tile, scale)
     return pieces[1] if len(pieces) == 2 else torch.cat(pieces)
 
 
@@ -208,12 +204,8 @@ def _over_lists(
 ) -> Tensor:
     gradients = needs_grad(q, k, v)
     pieces = [q.new_empty(0, *q.shape[1:])]
-    for s in range(len(packing)):
-        if not packing.q_lens[s]:
-            continue
-        q_s = q[packing.q_offsets[s] : packing.q_offsets[s + 1]]
-        k_s = k[packing.k_offsets[s] : packing.k_offsets[s + 1]]
-        v_s = v[packing.k_offsets[s] : packing.k_offsets[s + 1]]
+    for s, queries, keys in packing.slices():
+        q_s, k_s, v_s = q[queries], k[keys], v[keys]
         start, gap = packing.starts[s], packing.gaps[s]
         if gap % TILE:
             # Give up the keys that no query sees: what is left starts on a tile boundary.

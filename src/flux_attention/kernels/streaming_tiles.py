@@ -36,6 +36,6 @@ def attend(
         run(*(t.unflatten(0, (len(packing), -1)) for t in (q, k, v, out)))
     else:
         # A launch each: tiles reach behind a sequence's end, where another one's NaN would spoil it (`dense.py`).
-        for queries, keys in packing.slices():
+        for _, queries, keys in packing.slices():
             run(q[queries][None], k[keys][None], v[keys][None], out[queries][None])
     return out

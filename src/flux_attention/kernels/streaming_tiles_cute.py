@@ -74,10 +74,13 @@ class StreamingForward(FlashAttentionForwardSm90):
         known = {item.name: getattr(theirs, item.name) for item in fields(theirs)}
         return _Tiles(**{**known, "is_local": False}, block=self._block)
 
+    def _with_tiles(self, arguments: Sequence[Any]) -> list[Any]:
+        return [self._tiles(one) if isinstance(one, BlockInfo) else one for one in arguments]
+
     # The parts of the kernel, traced where it calls them.
 
     def load(self, *arguments: Any) -> None:
-        with_tiles = [self._tiles(one) if isinstance(one, BlockInfo) else one for one in arguments]
+        with_tiles = self._with_tiles(arguments)
         (self._loading,) = (one for one in with_tiles if isinstance(one, _Tiles))
         super().load(*with_tiles)
 
@@ -87,7 +90,7 @@ class StreamingForward(FlashAttentionForwardSm90):
     def mma(self, *arguments: Any) -> None:
         self.is_local = False
         try:
-            super().mma(*[self._tiles(one) if isinstance(one, BlockInfo) else one for one in arguments])
+            super().mma(*self._with_tiles(arguments))
         finally:
             self.is_local = True
 
