@@ -32,6 +32,7 @@ from flux_attention.generation import generate
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
 from flux_attention.route import Fixed, Route
+from flux_attention.training.parallel import end_together
 
 # NVLink multicast is not there on every virtual machine with NVLink.
 ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -110,11 +111,10 @@ def rank(folder: Path) -> None:
     number = int(os.environ["RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    model = load(folder, settings, tp_plan="auto")
-    found = measure(model, folder, settings, torch.load(folder / "answer.pt"))
-    torch.save(found, folder / f"rank-{number}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with end_together():
+        model = load(folder, settings, tp_plan="auto")
+        found = measure(model, folder, settings, torch.load(folder / "answer.pt"))
+        torch.save(found, folder / f"rank-{number}.pt")
 
 
 class Comparison:

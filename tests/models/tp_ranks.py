@@ -31,6 +31,7 @@ from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Dial
+from flux_attention.training.parallel import end_together
 from tests.models.tiny import CONFIG, SHAPE, make_prompts, mixed_route
 
 #: Heads and vocabulary divide by two, and the head dim is the least that Triton's kernels take.
@@ -121,10 +122,9 @@ def main() -> None:
     faulthandler.dump_traceback_later(200, exit=True)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    found = outcomes(load_split(folder / "model", dtype), folder)
-    torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with end_together():
+        found = outcomes(load_split(folder / "model", dtype), folder)
+        torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":
