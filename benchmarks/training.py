@@ -141,7 +141,7 @@ def gate_gradient(
     gates = gates.clone().requires_grad_()
     full = tuple(tuple(v > 0.5 for v in row) for row in gates.tolist()) if not blended else None
     lengths = tuple(pack["lengths"].tolist())
-    soft = SoftRouting(forced=gates, forced_full=full, layout=pack_layout(pack["input_ids"].shape[1], lengths))
+    soft = SoftRouting(forced=gates, forced_exact=full, layout=pack_layout(pack["input_ids"].shape[1], lengths))
     head = controller.model.get_output_embeddings().weight
 
     def loss() -> Tensor:

@@ -208,7 +208,7 @@ class WatchedTrainer(PackTrainer):
 
         def noted(row: Any) -> Any:
             soft = routing(row)
-            self.watch.routes.append([[int(full) for full in layer] for layer in soft.forced_full])
+            self.watch.routes.append([[int(full) for full in layer] for layer in soft.forced_exact])
             return soft
 
         objective._routing = noted

@@ -74,7 +74,7 @@ def test_a_choice_has_the_gradient_of_the_blend():
     found = []
     for full in (None, tuple(tuple(v > 0.5 for v in row) for row in hard.tolist())):
         gates = hard.clone().requires_grad_()
-        soft = SoftRouting(forced=gates, forced_full=full)
+        soft = SoftRouting(forced=gates, forced_exact=full)
         with controller.soft_routing(soft):
             hidden = controller.decoder(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False

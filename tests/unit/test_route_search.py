@@ -32,8 +32,7 @@ class PlantedMeter:
         loss = self.hardness[torch.tensor(indices)] + cost
         (slope,) = torch.autograd.grad(loss.sum(), gates)
         noise = self.deviation * torch.randn(slope.shape, generator=self.generator)
-        # What runs one side alone has no slope.
-        return loss.detach().float(), torch.where((gates > 0) & (gates < 1), (-slope).float() + noise, 0.0).detach()
+        return loss.detach().float(), (-slope).float() + noise
 
 
 def test_route_search_finds_the_layers_that_matter_together():
@@ -83,7 +82,7 @@ class BuildingMeter(PlantedMeter):
         loss = 0.1 * sparse[0] + hidden + 0.01 * sparse[3:9].sum(0)
         (slope,) = torch.autograd.grad(loss.sum(), gates)
         noise = 1e-3 * torch.randn(slope.shape, generator=self.generator)
-        return loss.detach().float(), torch.where((gates > 0) & (gates < 1), (-slope).float() + noise, 0.0).detach()
+        return loss.detach().float(), (-slope).float() + noise
 
 
 def test_a_layer_that_another_one_hides_is_found():
@@ -104,18 +103,32 @@ class ComplementMeter(PlantedMeter):
         loss = loss + 0.011 * sparse[[14, 15, 20, 21]].sum(0) + 0.006 * sparse[[5, 9, 17, 19, 24]].sum(0)
         (slope,) = torch.autograd.grad(loss.sum(), gates)
         noise = self.deviation * torch.randn(slope.shape, generator=self.generator)
-        return loss.detach().float(), torch.where((gates > 0) & (gates < 1), (-slope).float() + noise, 0.0).detach()
+        return loss.detach().float(), (-slope).float() + noise
 
 
 def test_a_layer_that_needs_others_beside_it_is_found():
-    orders = [search_routes(ComplementMeter(0.02), 0.867, 704, seed=seed).order for seed in range(8)]
-    assert sum({7, 18, 23} <= set(order[-5:]) for order in orders) >= 6
+    orders = [search_routes(ComplementMeter(0.05), 0.867, 704, seed=seed).order for seed in range(8)]
+    assert sum({7, 18, 23} <= set(order[-4:]) for order in orders) >= 7
 
 
 def test_few_noisy_measurements_are_enough():
     """Noise as large as what is to be found, and twice as many measurements as there are routes of three layers."""
     orders = [search_routes(PlantedMeter(deviation=0.25), 0.5, 40, batch=10, seed=seed).order for seed in range(12)]
     assert sum(set(order[:3]) in ({0, 3, 2}, {0, 3, 5}) for order in orders) >= 10
+
+
+class WildMeter(PlantedMeter):
+    """One slope in fifty is far off to either side, as gradients through many layers are."""
+
+    def slopes(self, indices, gates):
+        loss, slopes = super().slopes(indices, gates)
+        wild = torch.rand(slopes.shape, generator=self.generator) < 0.02
+        return loss, slopes + wild * 30 * torch.randn(slopes.shape, generator=self.generator)
+
+
+def test_wild_slopes_do_not_decide():
+    orders = [search_routes(WildMeter(), 0.5, 480, batch=24, seed=seed).order for seed in range(12)]
+    assert sum(set(order[:3]) in ({0, 3, 2}, {0, 3, 5}) for order in orders) >= 11
 
 
 def test_bad_input():

@@ -35,59 +35,65 @@ def soft_blend(full: Tensor, sparse: Tensor, gate: Tensor, counts: Sequence[int]
     return weight * full + (1 - weight) * sparse
 
 
-def partial_blend(
+def gated_blend(
     side: Side, full: Mode, sparse: Mode, gate: Tensor, exact: Sequence[bool | None], counts: Sequence[int]
 ) -> Tensor:
-    """What `soft_blend` gives where only some gates are fractions: the other sequences run their own side alone.
+    """What `soft_blend` gives where gates are exactly 0 or 1, at the cost of one side's backward pass instead of two.
 
     Args:
-        side: runs a mode over members.
-        gate: `[S]`; those that are exactly 0 or 1 get no gradient.
-        exact: their values, on the host; None for a fraction.
+        side: runs a mode over some of the sequences.
+        gate: `[S]`; its gradient is that of `soft_blend`.
+        exact: their values, on the host; None for a fraction, whose sequence runs both sides.
     """
-    found: dict[bool, dict[int, Tensor]] = {}
-    for mode, value in ((full, True), (sparse, False)):
-        members = [s for s, e in enumerate(exact) if e is None or e is value]
-        pieces = side(mode, members).split([counts[s] for s in members]) if members else ()
-        found[value] = dict(zip(members, pieces, strict=True))
-    rows = []
-    for s, own in enumerate(exact):
-        if own is None:
-            z = gate[s].to(found[True][s].dtype)
-            rows.append(z * found[True][s] + (1 - z) * found[False][s])
-        else:
-            rows.append(found[own][s])
-    return torch.cat(rows)
+    hard, fractions = ([s for s, e in enumerate(exact) if (e is None) is f] for f in (False, True))
+    parts = []
+    for members, blend in ((hard, _hard_blend), (fractions, _fraction_blend)):
+        if members:
+            some_gates = gate if len(members) == len(counts) else torch.stack([gate[s] for s in members])
+            sides = (full, sparse), [exact[s] for s in members], [counts[s] for s in members]
+            parts.append((members, blend(_among(side, members), some_gates, *sides)))
+    return _in_order(parts, counts)
 
 
-def hard_blend(
-    side: Side, full: Mode, sparse: Mode, gate: Tensor, use_full: Sequence[bool], counts: Sequence[int]
+def _among(side: Side, members: list[int]) -> Side:
+    """The same side; numbers count among `members`."""
+    return lambda mode, some: side(mode, [members[i] for i in some])
+
+
+def _fraction_blend(
+    side: Side, gate: Tensor, modes: tuple[Mode, Mode], exact: Sequence[bool | None], counts: Sequence[int]
 ) -> Tensor:
-    """What `soft_blend` gives for gates of 0 and 1, at the cost of one side's backward pass instead of two.
+    every = list(range(len(counts)))
+    full, sparse = (side(mode, every) for mode in modes)
+    return soft_blend(full, sparse, gate, counts)
 
-    Args:
-        side: runs a mode over members.
-        gate: straight-through gates `[S]`; their gradient is that of `soft_blend`.
-        use_full: their values, on the host.
-    """
-    members = [[s for s, f in enumerate(use_full) if f], [s for s, f in enumerate(use_full) if not f]]
-    chosen = _assemble(side, ((full, members[0]), (sparse, members[1])), counts)
+
+def _hard_blend(
+    side: Side, gate: Tensor, modes: tuple[Mode, Mode], exact: Sequence[bool | None], counts: Sequence[int]
+) -> Tensor:
+    use_full, use_sparse = ([s for s, e in enumerate(exact) if e is f] for f in (True, False))
+
+    def run(of_full: Mode, of_sparse: Mode) -> Tensor:
+        parts = ((use_full, of_full), (use_sparse, of_sparse))
+        return _in_order([(members, side(mode, members)) for members, mode in parts if members], counts)
+
+    full, sparse = modes
+    chosen = run(full, sparse)
     if not (torch.is_grad_enabled() and gate.requires_grad):
         return chosen
     with torch.no_grad():
-        other = _assemble(side, ((sparse, members[0]), (full, members[1])), counts)
-    signs = torch.tensor([1.0 if f else -1.0 for f in use_full], device=gate.device)
+        other = run(sparse, full)
+    signs = torch.tensor([1.0 if e else -1.0 for e in exact], device=gate.device)
     out: Tensor = _Choice.apply(chosen, other, gate, signs, tuple(counts))
     return out
 
 
-def _assemble(side: Side, parts: Sequence[tuple[Mode, list[int]]], counts: Sequence[int]) -> Tensor:
-    """The members' outputs in the order of the sequences."""
-    found = [(members, side(mode, members)) for mode, members in parts if members]
-    if len(found) == 1:
-        return found[0][1]
+def _in_order(parts: Sequence[tuple[list[int], Tensor]], counts: Sequence[int]) -> Tensor:
+    """Outputs of some sequences each, in the order of all sequences."""
+    if len(parts) == 1:
+        return parts[0][1]
     pieces: dict[int, Tensor] = {}
-    for members, output in found:
+    for members, output in parts:
         pieces |= zip(members, output.split([counts[s] for s in members]), strict=True)
     return torch.cat([pieces[s] for s in range(len(counts))])
 

@@ -358,7 +358,7 @@ class FluxAttention:
                     f"got {list(shape)}"
                 )
             step.gates = soft.gates = soft.forced
-            step.use_full, step.exact = soft.forced_full, soft.forced_exact
+            step.exact = soft.forced_exact
             return
         shape = (layers, sequences, 2)
         soft._noise = gumbel_noise(shape, self.device, soft.generator) if soft.noise else None
@@ -366,7 +366,7 @@ class FluxAttention:
             soft.pooled = self.probe(self._prompts(step.layout, kwargs))
             soft.logits = self.router(soft.pooled)
             step.gates = soft.gates = straight_through_gate(soft.logits, soft.temperature, soft._noise)
-            step.use_full = host_decisions(step.gates)
+            step.exact = host_decisions(step.gates)
         else:
             step.inline = True
             step.pool_plan = self._plan(step.layout, self.device)

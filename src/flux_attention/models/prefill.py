@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flux_attention.cache import FluxCache
 from flux_attention.kernels.api import Packing
-from flux_attention.models.blend import hard_blend, members_of, partial_blend, soft_blend
+from flux_attention.models.blend import gated_blend, members_of, soft_blend
 from flux_attention.models.layout import Layout
 from flux_attention.models.step import Step, host_decisions
 from flux_attention.modes import Mode, PrefillInputs
@@ -57,17 +57,15 @@ class LayerPrefill:
         gate = step.packings.get(("input", layer), gate)
         assert gate is not None
         if step.exact is not None:
-            return partial_blend(side, self.full, self.sparse, gate, step.exact[layer], layout.counts)
-        if step.gates is not None and step.use_full is None:
+            exact = step.exact[layer]
+        elif step.gates is not None:
             every = list(range(len(layout.counts)))
             return soft_blend(side(self.full, every), side(self.sparse, every), gate, layout.counts)
-        if step.use_full is not None:
-            use_full = step.use_full[layer]
         else:
             if ("host", layer) not in step.packings:
                 step.packings["host", layer] = host_decisions(gate[None])[0]
-            use_full = step.packings["host", layer]
-        return hard_blend(side, self.full, self.sparse, gate, use_full, layout.counts)
+            exact = step.packings["host", layer]
+        return gated_blend(side, self.full, self.sparse, gate, exact, layout.counts)
 
     def routed(self, q: Tensor, k: Tensor, v: Tensor, decide: Callable[[], list[bool]] | None = None) -> Tensor:
         """Each sequence on its own side; sequences of one side share a launch.

@@ -25,10 +25,8 @@ class Step:
     """Known before the pass (policy, probe, cache), or filled layer by layer (inline)."""
     gates: Tensor | None = None
     """Training: differentiable z `[L, S]` or `[L, Hk, S]`, 1 = full; both sides run and are blended."""
-    use_full: tuple[tuple[bool, ...], ...] | None = None
-    """Values of gates `[L, S]` on the host where they are exactly 0 or 1; None for fractions and for heads."""
     exact: tuple[tuple[bool | None, ...], ...] | None = None
-    """Values of gates `[L, S]` on the host of which only some, None, are fractions and want a gradient."""
+    """Gates `[L, S]` on the host: True and False for exactly 1 and 0, None for a fraction. None: not known."""
     soft: SoftRouting | None = None
     inline: bool = False
     keep_short_full: tuple[bool, ...] = ()
@@ -83,9 +81,8 @@ class SoftRouting:
         noise: whether Gumbel noise is drawn (False: the noise-free straight-through gate).
         forced: gates `[L, S]` to use instead of the router's, or `[L, Hk, S]` for
             gates of KV heads; may require grad.
-        forced_full: the values of forced gates `[L, S]` on the host, where all of them are exactly 0 or 1: only the
-            chosen side gets a backward pass then.
-        forced_exact: the same where some are fractions, None: only those get a gradient, and only they run both sides.
+        forced_exact: the values of forced gates `[L, S]` on the host, True and False for exactly 1 and 0, None for a
+            fraction: only the chosen side of an exact one gets a backward pass then.
         layout: where the sequences of the pass are, for callers that pack or split them; None = read from the inputs.
         exchange: of the ranks that share the tokens of a pass; None = every token is here.
         logits: the router's logits of the last pass, `[L, S, 2]`.
@@ -96,7 +93,6 @@ class SoftRouting:
     noise: bool = True
     generator: torch.Generator | None = None
     forced: Tensor | None = None
-    forced_full: tuple[tuple[bool, ...], ...] | None = None
     forced_exact: tuple[tuple[bool | None, ...], ...] | None = None
     layout: Layout | None = None
     exchange: Exchange | None = None

@@ -191,8 +191,8 @@ class DamageMeter:
 
         Returns:
             The losses `[pairs]`, and what each layer adds to its pair's loss when it runs sparser, −∂loss/∂gate
-            `[L, pairs]`; float32 on the CPU. A number for every blended layer, at the price of one pass with
-            gradients; 0 where a gate is exactly 0 or 1 and the layer runs one side alone.
+            `[L, pairs]`; float32 on the CPU. A number for every layer, at the price of one pass with gradients and,
+            where a gate is exactly 0 or 1, a forward pass of the layer's other side.
         """
         if tuple(gates.shape) != (self.layers, len(indices)):
             raise ValueError(f"gates must be [{self.layers}, {len(indices)}], got {list(gates.shape)}")
@@ -204,9 +204,7 @@ class DamageMeter:
             with torch.enable_grad(), self.controller.soft_routing(SoftRouting(forced=chosen, forced_exact=exact)):
                 answers = zip(samples, *forced_logits(self.controller, samples), strict=True)
                 loss = torch.stack([answer_loss(answer[0], *_nll_and_soft(*answer)) for answer in answers])
-                slope = torch.zeros_like(chosen)
-                if any(None in row for row in exact):
-                    (slope,) = torch.autograd.grad(loss.sum(), chosen)
+                (slope,) = torch.autograd.grad(loss.sum(), chosen)
             losses[places], slopes[:, places] = loss.detach().cpu(), -slope.cpu()
         return losses, slopes
 

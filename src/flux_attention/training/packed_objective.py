@@ -120,9 +120,9 @@ class PackedObjective(AnswerObjective):
     def _task(self, row: _Row, soft: SoftRouting) -> Tensor:
         """This rank's part of the loss; `soft.gates` and `soft.logits` are known afterwards."""
         if self.loss == "distill" and self.skip_full and soft.forced is not None:
-            assert soft.forced_full is not None
+            assert soft.forced_exact is not None
             soft.gates = soft.forced
-            sparse = [s for s in range(len(row.counts)) if not all(layer[s] for layer in soft.forced_full)]
+            sparse = [s for s in range(len(row.counts)) if not all(layer[s] for layer in soft.forced_exact)]
             if not sparse and not self.always_passes:
                 return row.token_weight.new_zeros(())
             sparse = sparse or [min(range(len(row.counts)), key=row.counts.__getitem__)]
@@ -131,7 +131,7 @@ class PackedObjective(AnswerObjective):
                 soft = replace(
                     soft,
                     forced=soft.forced[:, sparse],
-                    forced_full=tuple(tuple(layer[s] for s in sparse) for layer in soft.forced_full),
+                    forced_exact=tuple(tuple(layer[s] for s in sparse) for layer in soft.forced_exact),
                     layout=row.layout,
                 )
         controller, exchange = self.controller, self.exchange
@@ -159,7 +159,7 @@ class PackedObjective(AnswerObjective):
         layers, sequences = len(self.controller.layers), len(layout.counts)
         gates = torch.ones(layers, sequences, device=self.controller.device)
         return SoftRouting(
-            forced=gates, forced_full=((True,) * sequences,) * layers, layout=layout, exchange=self.exchange
+            forced=gates, forced_exact=((True,) * sequences,) * layers, layout=layout, exchange=self.exchange
         )
 
     def _routing(self, row: _Row) -> SoftRouting:
@@ -182,7 +182,7 @@ class PackedObjective(AnswerObjective):
         gates = straight_through_gate(logits, self.temperature, noise)
         return SoftRouting(
             forced=gates,
-            forced_full=host_decisions(gates),
+            forced_exact=host_decisions(gates),
             layout=layout,
             exchange=self.exchange,
             logits=logits,
