@@ -14,8 +14,6 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(4, os.cpu_count() o
 # An oracle takes up to 10 GB of the device.
 GPU_PARALLEL = $(shell $(PYTHON) -c "import importlib.util as i; print('-n 6' if i.find_spec('xdist') else '')")
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Several processes share the cores: more threads than cores slow every one of them down.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # The sources beside what is already on the path.
 SRC_PATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # One word per package: shows that work goes on without pip's hundreds of lines. Errors come on stderr.
@@ -45,7 +43,7 @@ demo: $(STAMP) ## answer two long prompts, show the routes, memory and time save
 	@$(BIN)/flux-attn demo
 
 test: lint ## lint, types and all tests that need no GPU
-	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests
+	@$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests
 
 test-serving: $(SERVING_STAMP) ## tests of the vLLM plugin on real engines (a 3.4 GB environment of its own)
 	@# Triton comes with vLLM: the kernels run in its interpreter here.
@@ -73,7 +71,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 gpu-test: ## tests that need a CUDA device, with the current python3 and its packages
 	@# Most of the time goes into compiling kernels, a core each. Without pytest-xdist they take turns.
-	@PYTHONPATH=$(SRC_PATH) $(ONE_THREAD) $(PYTHON) -m pytest -m gpu -rs --durations=8 $(GPU_PARALLEL) tests
+	@PYTHONPATH=$(SRC_PATH) $(PYTHON) -m pytest -m gpu -rs --durations=8 $(GPU_PARALLEL) tests
 
 bench: ## benchmarks on the current device, written to benchmarks/results
 	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/session.py kernels --seconds 3600

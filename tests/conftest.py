@@ -1,8 +1,14 @@
-"""Shared by all tests: what needs a CUDA device is skipped without one."""
+"""Shared by all tests: one thread a process, and what needs a CUDA device is skipped without one."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch is imported. Several processes share the cores: more threads than cores slow every one of them down. And
+# a sum's last bits depend on the number of threads, so processes that are compared bit for bit take the same.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
 @pytest.fixture(autouse=True)

@@ -128,8 +128,11 @@ class Leisurely(TrainerCallback):
         (self.folder / f"pid-{args.process_index}").write_text(str(os.getpid()))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        (self.folder / f"step-{args.process_index}").write_text(str(state.global_step))
-        time.sleep(0.15)
+        step = self.folder / f"step-{args.process_index}"
+        # In one piece: the kill may come at any moment, but not after the end.
+        step.with_suffix(".new").write_text(str(state.global_step))
+        step.with_suffix(".new").replace(step)
+        time.sleep(0.15 if state.global_step < state.max_steps - 1 else 30)
 
 
 JOBS: dict[str, dict[str, Any]] = {
