@@ -45,47 +45,23 @@ def gated_blend(
         gate: `[S]`; its gradient is that of `soft_blend`.
         exact: their values, on the host; None for a fraction, whose sequence runs both sides.
     """
-    hard, fractions = ([s for s, e in enumerate(exact) if (e is None) is f] for f in (False, True))
-    parts = []
-    for members, blend in ((hard, _hard_blend), (fractions, _fraction_blend)):
-        if members:
-            some_gates = gate if len(members) == len(counts) else torch.stack([gate[s] for s in members])
-            sides = (full, sparse), [exact[s] for s in members], [counts[s] for s in members]
-            parts.append((members, blend(_among(side, members), some_gates, *sides)))
+    parts: list[tuple[list[int], Tensor]] = []
+    for value in (True, False, None):
+        members = [s for s, e in enumerate(exact) if e is value]
+        if not members:
+            continue
+        some_gates = gate if len(members) == len(counts) else torch.stack([gate[s] for s in members])
+        some_counts = [counts[s] for s in members]
+        own, other = (sparse, full) if value is False else (full, sparse)
+        out = side(own, members)
+        if value is None:
+            out = soft_blend(out, side(other, members), some_gates, some_counts)
+        elif torch.is_grad_enabled() and gate.requires_grad:
+            with torch.no_grad():
+                unchosen = side(other, members)
+            out = _Choice.apply(out, unchosen, some_gates, 1 if value else -1, some_counts)
+        parts.append((members, out))
     return _in_order(parts, counts)
-
-
-def _among(side: Side, members: list[int]) -> Side:
-    """The same side; numbers count among `members`."""
-    return lambda mode, some: side(mode, [members[i] for i in some])
-
-
-def _fraction_blend(
-    side: Side, gate: Tensor, modes: tuple[Mode, Mode], exact: Sequence[bool | None], counts: Sequence[int]
-) -> Tensor:
-    every = list(range(len(counts)))
-    full, sparse = (side(mode, every) for mode in modes)
-    return soft_blend(full, sparse, gate, counts)
-
-
-def _hard_blend(
-    side: Side, gate: Tensor, modes: tuple[Mode, Mode], exact: Sequence[bool | None], counts: Sequence[int]
-) -> Tensor:
-    use_full, use_sparse = ([s for s, e in enumerate(exact) if e is f] for f in (True, False))
-
-    def run(of_full: Mode, of_sparse: Mode) -> Tensor:
-        parts = ((use_full, of_full), (use_sparse, of_sparse))
-        return _in_order([(members, side(mode, members)) for members, mode in parts if members], counts)
-
-    full, sparse = modes
-    chosen = run(full, sparse)
-    if not (torch.is_grad_enabled() and gate.requires_grad):
-        return chosen
-    with torch.no_grad():
-        other = run(sparse, full)
-    signs = torch.tensor([1.0 if e else -1.0 for e in exact], device=gate.device)
-    out: Tensor = _Choice.apply(chosen, other, gate, signs, tuple(counts))
-    return out
 
 
 def _in_order(parts: Sequence[tuple[list[int], Tensor]], counts: Sequence[int]) -> Tensor:
@@ -99,20 +75,18 @@ def _in_order(parts: Sequence[tuple[list[int], Tensor]], counts: Sequence[int]) 
 
 
 class _Choice(torch.autograd.Function):
-    """Returns `chosen`; the gate's gradient is ⟨∂L/∂out, chosen − other⟩ of its sequence, with the side's sign."""
+    """Returns `chosen`; a gate has the gradient ⟨∂L/∂out, chosen − other⟩ of its sequence, times `sign` (1: full)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, chosen: Tensor, other: Tensor, gate: Tensor, signs: Tensor, counts: tuple[int, ...]
-    ) -> Tensor:
-        ctx.save_for_backward(chosen, other, signs)
-        ctx.counts, ctx.dtype = counts, gate.dtype
+    def forward(ctx: Any, chosen: Tensor, other: Tensor, gate: Tensor, sign: int, counts: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(chosen, other)
+        ctx.sign, ctx.counts, ctx.dtype = sign, counts, gate.dtype
         return chosen.view_as(chosen)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        chosen, other, signs = ctx.saved_tensors
+        chosen, other = ctx.saved_tensors
         totals, start = [], 0
         for count in ctx.counts:
             total = torch.zeros((), device=chosen.device)
@@ -121,7 +95,7 @@ class _Choice(torch.autograd.Function):
                 total = total + (gradient[rows].float() * (chosen[rows].float() - other[rows].float())).sum()
             totals.append(total)
             start += count
-        return gradient, None, (torch.stack(totals) * signs).to(ctx.dtype), None, None
+        return gradient, None, (ctx.sign * torch.stack(totals)).to(ctx.dtype), None, None
 
 
 def members_of(x: Tensor, members: list[int], counts: Sequence[int]) -> Tensor:

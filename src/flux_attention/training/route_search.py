@@ -110,12 +110,12 @@ def search_routes(
     queue: list[int] = []
     done, blind, explored = 0, True, min(_EXPLORED, blends - 1)
 
-    def draw(count: int) -> Tensor:
+    def draw_two(count: int) -> Tensor:
         if blind:
-            return torch.rand(count, layers, generator=generator, dtype=torch.float64)
+            return torch.rand(2, count, layers, generator=generator, dtype=torch.float64)
         mean, deviation = costs.estimate()
         cheap, dear = mean.quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
-        noise = torch.randn(count, layers, generator=generator, dtype=torch.float64)
+        noise = torch.randn(2, count, layers, generator=generator, dtype=torch.float64)
         return mean + (deviation + _NOISE * (dear - cheap)) * noise
 
     while done < measurements:
@@ -129,7 +129,7 @@ def search_routes(
         reached = min(1.0, _START + (1 - _START) * done / (_RAMP * measurements))
         wanted = round(reached * sparsity * layers) + torch.randint(-spread, spread + 1, (count,), generator=generator)
         border = wanted.clamp(1, layers - 1)[:, None]
-        place, other = _places(draw(count)), _places(draw(count))
+        place, other = _places(draw_two(count))
         sparse = (place < border).T
         moved = sparse != (other < border).T
         # Draws that agree, as of few layers they often do, still have a layer on each side of the border.
@@ -159,7 +159,7 @@ def search_routes(
 
 def _places(scores: Tensor) -> Tensor:
     """Place of each score in its row, the smallest first."""
-    return scores.argsort(1).argsort(1)
+    return scores.argsort(-1).argsort(-1)
 
 
 class _Slopes:
