@@ -44,6 +44,8 @@ def routing(setup: Setup, record: Recorder) -> None:
     finally:
         detach(setup.model)
         setup.attach(config)
+    if setup.device.type == "cuda":
+        explain_probe(setup, record)
 
 
 def probe(setup: Setup, record: Recorder) -> None:
@@ -52,18 +54,46 @@ def probe(setup: Setup, record: Recorder) -> None:
     controller = setup.controller
     seen = probe_wall_ms(setup, controller, host)
     record.add("routing_probe_ms", statistics.median(seen), "ms", seen)
-    if setup.device.type != "cuda":
-        return
-    # The same in line, for comparison, and the product sizes that a probe consists of.
-    before, kept = fuse.FORK, controller._probes
-    try:
-        fuse.FORK, controller._probes = not before, ProbeGraphs(controller)
-        other = statistics.median(probe_wall_ms(setup, controller, host))
-    finally:
-        fuse.FORK, controller._probes = before, kept
-    names = ("side_by_side_ms", "in_line_ms") if before else ("in_line_ms", "side_by_side_ms")
-    record.note("routing_probe", dict(zip(names, (statistics.median(seen), other), strict=True)))
+
+
+def explain_probe(setup: Setup, record: Recorder) -> None:
+    """What a probe's time consists of, and what other ways of launching it take."""
+    host = setup.prompt(setup.short).cpu()
+    record.note("routing_probe_kernels_us", kernel_times(lambda: setup.controller.route([host])))
     record.note("routing_probe_products_us", product_times(setup))
+    record.note("routing_probe", probe_variants(setup, host))
+
+
+def probe_variants(setup: Setup, prompt: Tensor) -> dict[str, float]:
+    """Milliseconds of a probe with q, k, v beside each other or in line, and with kernels that overlap or do not.
+
+    Variants that overlap must give the scores of those that do not.
+    """
+    controller = setup.controller
+    before, kept, seen = (fuse.FORK, controller.overlap), controller._probes, dict[str, float]()
+    try:
+        for fork in (True, False):
+            scores = []
+            for overlap in (False, True) if torch.cuda.get_device_capability() >= (9, 0) else (False,):
+                fuse.FORK, controller.overlap, controller._probes = fork, overlap, ProbeGraphs(controller)
+                name = ("side_by_side" if fork else "in_line") + ("_overlap" if overlap else "") + "_ms"
+                seen[name] = statistics.median(probe_wall_ms(setup, controller, prompt))
+                scores.append(controller._probes.p_full([prompt]))
+            assert all(torch.equal(scores[0], other) for other in scores), "overlapping kernels change a probe's scores"
+    finally:
+        (fuse.FORK, controller.overlap), controller._probes = before, kept
+    return seen
+
+
+def kernel_times(run: Callable[[], Any]) -> dict[str, list[float]]:
+    """Of every kernel that a run launches: microseconds in all, and how many of it; the dearest first."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    return {e.key[:80]: [round(e.self_device_time_total, 1), e.count] for e in kernels}
 
 
 def probe_wall_ms(setup: Setup, controller: FluxAttention, prompt: Tensor) -> list[float]:

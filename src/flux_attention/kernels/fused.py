@@ -69,6 +69,7 @@ def _norm_rows(x: Tensor, add: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
+    from flux_attention.kernels import overlap
 
     x = x.contiguous()
     width = x.shape[-1]
@@ -86,7 +87,9 @@ def _norm_rows(x: Tensor, add: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
             N=width,
             BLOCK=block,
             ADD=add is not None,
+            OVERLAP=overlap.enabled(),
             num_warps=max(1, min(16, block // 512)),
+            launch_pdl=overlap.enabled(),
         )
     return out, total
 
@@ -98,11 +101,21 @@ def silu_mul(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
+    from flux_attention.kernels import overlap
 
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     if out.numel():
-        kernels.silu_mul_kernel[(triton.cdiv(out.numel(), 2048),)](gate, up, out, out.numel(), BLOCK=2048, num_warps=8)
+        kernels.silu_mul_kernel[(triton.cdiv(out.numel(), 2048),)](
+            gate,
+            up,
+            out,
+            out.numel(),
+            BLOCK=2048,
+            OVERLAP=overlap.enabled(),
+            num_warps=8,
+            launch_pdl=overlap.enabled(),
+        )
     return out
 
 

@@ -18,9 +18,11 @@ from flux_attention.kernels.overlap import after_previous
 @triton.jit
 def rms_norm_kernel(
     p_x, p_add, p_weight, p_out, p_sum, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A row of `p_out` is the normalised row of `p_x`, or of `p_x + p_add`, which then goes to `p_sum`."""
+    if OVERLAP:
+        after_previous()
     i_row = tl.program_id(0).to(tl.int64) * N
     o = tl.arange(0, BLOCK)
     m = o < N
@@ -36,7 +38,9 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(p_gate, p_up, p_out, n, BLOCK: tl.constexpr):
+def silu_mul_kernel(p_gate, p_up, p_out, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        after_previous()
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     b_gate = tl.load(p_gate + o, mask=m, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
-"""Kernels of a decode step that begin while the one before them ends (programmatic dependent launch).
+"""Kernels of a decode step or a probe that begin while the one before them ends (programmatic dependent launch).
 
-A decode step is a chain of short kernels, and at each link the device would drain and fill again. With overlap a kernel
+Both are chains of short kernels, and at each link the device would drain and fill again. With overlap a kernel
 is launched as soon as the last blocks of its predecessor run; it waits with `after_previous` before it reads or writes
 anything that another kernel touches. Hopper and later.
 """

@@ -44,7 +44,8 @@ class FluxAttention:
         policy: what makes a request's route; None = the router.
         dial: range that a routed request's sparsity is held in.
         impl: kernel implementation of prefill attention, "auto" or a name of `kernels.api`.
-        overlap: let the kernels of a captured decode step begin before the one before has ended (Hopper and later).
+        overlap: let the kernels of captured decode steps and probes begin before the one before has ended (Hopper and
+            later).
         last_route: route of the last prefill.
         delta: weights of the backbone that the adapter replaced until `detach`; None where it replaced none.
         ranks: that share the model's heads, where it is split by a `tp_plan`.

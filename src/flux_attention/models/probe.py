@@ -94,7 +94,12 @@ class ProbeGraphs:
         if len(prompts) > _MOST or any(p.numel() < columns for p in prompts):
             return None
         # Another router or other kernels make another graph.
-        key = (len(prompts), controller.impl, *(p.data_ptr() for p in controller.router.parameters()))
+        key = (
+            len(prompts),
+            controller.impl,
+            controller.overlap,
+            *(p.data_ptr() for p in controller.router.parameters()),
+        )
         if key not in self._graphs:
             if not self._can_capture():
                 return None
@@ -117,6 +122,8 @@ class ProbeGraphs:
         )
 
     def _capture(self, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+        from flux_attention.kernels.overlap import overlapping
+
         controller = self._controller
         # Copies from and to the host are part of the graph: a replay is then one call, and a wait for it.
         ids = torch.zeros(rows, columns, dtype=torch.long, pin_memory=True)
@@ -127,7 +134,9 @@ class ProbeGraphs:
             found = _run(controller, ids.to(controller.device, non_blocking=True), step)
             shares.copy_(controller.router.from_parts(found).softmax(-1), non_blocking=True)
 
-        return _Replay(ids, capture(run, controller.device, warm_up=2), shares, step, controller.device)
+        with overlapping(controller.overlap):
+            graph = capture(run, controller.device, warm_up=2)
+        return _Replay(ids, graph, shares, step, controller.device)
 
 
 @dataclass(frozen=True)
