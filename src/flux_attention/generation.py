@@ -159,14 +159,11 @@ class _Decoder:
         return logits[:, -1]
 
     def _capture(self) -> None:
-        from flux_attention.kernels.overlap import overlapping
-
         def run() -> None:
             self.logits = self._forward()
 
         # A warm-up writes the token it is about to decode, which the first replay writes again.
-        with overlapping(self.controller.overlap):
-            self.graph = capture(run, self.controller.device, warm_up=2)
+        self.graph = capture(run, self.controller.device, warm_up=2, overlap=self.controller.overlap)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, `[B]`; returns logits `[B, V]` of the next."""

@@ -87,9 +87,8 @@ def _norm_rows(x: Tensor, add: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
             N=width,
             BLOCK=block,
             ADD=add is not None,
-            OVERLAP=overlap.enabled(),
             num_warps=max(1, min(16, block // 512)),
-            launch_pdl=overlap.enabled(),
+            **overlap.options(),
         )
     return out, total
 
@@ -107,14 +106,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     out = torch.empty_like(gate)
     if out.numel():
         kernels.silu_mul_kernel[(triton.cdiv(out.numel(), 2048),)](
-            gate,
-            up,
-            out,
-            out.numel(),
-            BLOCK=2048,
-            OVERLAP=overlap.enabled(),
-            num_warps=8,
-            launch_pdl=overlap.enabled(),
+            gate, up, out, out.numel(), BLOCK=2048, num_warps=8, **overlap.options()
         )
     return out
 
@@ -229,9 +221,8 @@ def rotary_append(
         HALF=dim // 2,
         PAGE=page,
         NORM=q_norm is not None,
-        OVERLAP=overlap.enabled(),
         num_warps=1,
-        launch_pdl=overlap.enabled(),
+        **overlap.options(),
     )
     return out
 
@@ -461,7 +452,7 @@ def _launch(kind: str, weight: Tensor, config: VectorConfig | None) -> tuple[Vec
     config = config or _TUNED.get(_key(kind, weight), VECTOR_CONFIGS[0])
     block = min(config.block, triton.next_power_of_2(weight.shape[1]))
     meta = {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
-    return config, meta | {"OVERLAP": overlap.enabled(), "launch_pdl": overlap.enabled()}
+    return config, meta | overlap.options()
 
 
 def vector(

@@ -23,8 +23,9 @@ def after_previous():
     cuda.gdc_launch_dependents()
 
 
-def enabled() -> bool:
-    return _enabled
+def options() -> dict[str, bool]:
+    """What a kernel that calls `after_previous` where OVERLAP is set is launched with."""
+    return {"OVERLAP": _enabled, "launch_pdl": _enabled}
 
 
 @contextmanager

@@ -156,9 +156,8 @@ def paged_decode_triton(
         BLOCK=config.block,
         STAGES=config.stages,
         PRECISION="ieee",
-        OVERLAP=overlap.enabled(),
         num_warps=config.warps,
-        launch_pdl=overlap.enabled(),
+        **overlap.options(),
     )
     kernels.combine_kernel[(rows, hq, max(1, dim // 64))](
         part,
@@ -173,9 +172,8 @@ def paged_decode_triton(
         D=dim,
         BLOCK=32,
         BLOCK_D=min(64, dim),
-        OVERLAP=overlap.enabled(),
         num_warps=4,
-        launch_pdl=overlap.enabled(),
+        **overlap.options(),
     )
     return out
 

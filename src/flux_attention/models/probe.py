@@ -122,8 +122,6 @@ class ProbeGraphs:
         )
 
     def _capture(self, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
-        from flux_attention.kernels.overlap import overlapping
-
         controller = self._controller
         # Copies from and to the host are part of the graph: a replay is then one call, and a wait for it.
         ids = torch.zeros(rows, columns, dtype=torch.long, pin_memory=True)
@@ -134,8 +132,7 @@ class ProbeGraphs:
             found = _run(controller, ids.to(controller.device, non_blocking=True), step)
             shares.copy_(controller.router.from_parts(found).softmax(-1), non_blocking=True)
 
-        with overlapping(controller.overlap):
-            graph = capture(run, controller.device, warm_up=2)
+        graph = capture(run, controller.device, warm_up=2, overlap=controller.overlap)
         return _Replay(ids, graph, shares, step, controller.device)
 
 
