@@ -140,6 +140,7 @@ def rotary(
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
+    from flux_attention.kernels import overlap
 
     q, k, cos, sin = (x.contiguous() for x in (q, k, cos, sin))
     tokens, hq, hk = q.shape[0], q.shape[1] // dim, k.shape[1] // dim
@@ -162,6 +163,7 @@ def rotary(
             HEADS=heads,
             NORM=q_norm is not None,
             num_warps=2,
+            **overlap.options(),
         )
     return q_out, k_out
 

@@ -70,8 +70,11 @@ def _rotated(
 def rotary_kernel(
     p_q, p_k, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_out, eps,
     HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Queries `[N, HQ * D]` and keys `[N, HK * D]`, their heads normalised and rotated. A program takes HEADS heads."""
+    if OVERLAP:
+        after_previous()
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
     QUERY_PROGRAMS: tl.constexpr = (HQ + HEADS - 1) // HEADS
