@@ -411,6 +411,7 @@ def memory(setup: Setup, record: Recorder) -> None:
 def overlap(setup: Setup, record: Recorder) -> None:
     """Decode steps whose kernels may begin before the one before has ended: the same logits, in how much less time."""
     n, tokens = setup.lengths[0], [setup.prompt(1) for _ in range(4)]
+    default = setup.controller.overlap
     medians: dict[tuple[str, bool], float] = {}
     for name, route in (("dense", setup.route(0.0)), ("q75", setup.route(0.75))):
         seen = []
@@ -428,7 +429,7 @@ def overlap(setup: Setup, record: Recorder) -> None:
                 free(setup)
                 times, cache = step_ms(setup, route, n)
             finally:
-                setup.controller.overlap = False
+                setup.controller.overlap = default
             medians[name, on] = statistics.median(times)
             held = cache.memory().held
             cache.clear()

@@ -16,12 +16,10 @@ from torch import Tensor
 from flux_attention import generation
 from flux_attention.cache import PagePool
 from flux_attention.config import FluxConfig
-from flux_attention.models import fuse
 from flux_attention.models.attach import detach
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.pooling import LayerPooling
 from flux_attention.models.prefill import LayerPrefill
-from flux_attention.models.probe import ProbeGraphs
 from flux_attention.route import Route
 from flux_attention.router import LayerRouter
 
@@ -65,29 +63,24 @@ def explain_probe(setup: Setup, record: Recorder) -> None:
 
 
 def probe_variants(setup: Setup, prompt: Tensor) -> dict[str, float]:
-    """Median milliseconds of a probe: q, k, v beside each other or in line, kernels that overlap or do not.
+    """Median milliseconds of a probe whose kernels overlap or follow each other, which must give the same scores.
 
-    In turns, so that clocks and heat treat all alike. Variants that overlap must give the scores of those that do not.
+    In turns, so that clocks and heat treat both alike.
     """
     controller = setup.controller
-    before, kept = (fuse.FORK, controller.overlap), controller._probes
-    overlaps = (False, True) if torch.cuda.get_device_capability() >= (9, 0) else (False,)
-    graphs = {(fork, overlap): ProbeGraphs(controller) for fork in (True, False) for overlap in overlaps}
-    seen: dict[tuple[bool, bool], list[float]] = {variant: [] for variant in graphs}
-    scores: dict[tuple[bool, bool], Any] = {}
+    before = controller.overlap
+    seen: dict[bool, list[float]] = {on: [] for on in {False, before}}
+    scores: dict[bool, Any] = {}
     try:
         for _ in range(5):
-            for variant, probes in graphs.items():
-                (fuse.FORK, controller.overlap), controller._probes = variant, probes
-                seen[variant] += probe_wall_ms(setup, controller, prompt)
-                scores[variant] = probes.p_full([prompt])
+            for on, times in seen.items():
+                controller.overlap = on
+                times += probe_wall_ms(setup, controller, prompt)
+                scores[on] = controller._probes.p_full([prompt])
     finally:
-        (fuse.FORK, controller.overlap), controller._probes = before, kept
-    for fork, overlap in graphs:
-        same = torch.equal(scores[fork, overlap], scores[fork, False])
-        assert same, "kernels that overlap give a probe other scores"
-    names = {variant: ("side_by_side" if variant[0] else "in_line") + "_overlap" * variant[1] for variant in graphs}
-    return {f"{names[variant]}_ms": statistics.median(times) for variant, times in seen.items()}
+        controller.overlap = before
+    assert torch.equal(scores[before], scores[False]), "kernels that overlap give a probe other scores"
+    return {f"{'overlap' if on else 'in_turn'}_ms": statistics.median(times) for on, times in seen.items()}
 
 
 def kernel_times(run: Callable[[], Any]) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux_attention.kernels.capture import capture
-from flux_attention.kernels.dispatch import UnsupportedKernelError, importable, triton_interprets
+from flux_attention.kernels.dispatch import UnsupportedKernelError, importable, overlaps, triton_interprets
 
 
 def _triton(x: Tensor, impl: str) -> bool:
@@ -387,11 +387,11 @@ def decide(
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
+    from flux_attention.kernels import overlap
 
     q, (rows, k), hq = q.contiguous(), index.shape, q.shape[1] // dim
     programs = programs or _PROGRAMS[dim]
     work = torch.empty(rows, programs, 4, dim, dtype=torch.float32, device=q.device)
-    overlap = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     kernels.decide_kernel[(programs, rows)](
         q,
         index,
@@ -412,9 +412,8 @@ def decide(
         TOKENS=triton.next_power_of_2(triton.cdiv(k, programs)),
         PROGRAMS=programs,
         NORM=norm is not None,
-        OVERLAP=overlap,
         num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
+        **overlap.options(overlaps(q.device)),
     )
     return out
 

@@ -23,9 +23,10 @@ def after_previous():
     cuda.gdc_launch_dependents()
 
 
-def options() -> dict[str, bool]:
-    """What a kernel that calls `after_previous` where OVERLAP is set is launched with."""
-    return {"OVERLAP": _enabled, "launch_pdl": _enabled}
+def options(on: bool | None = None) -> dict[str, bool]:
+    """What a kernel that calls `after_previous` where OVERLAP is set is launched with; None = as `overlapping` says."""
+    on = _enabled if on is None else on
+    return {"OVERLAP": on, "launch_pdl": on}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ Shapes: `B` rows, `T` tokens, `H` hidden size, `Hq`, `Hk` heads, `D` head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
-#: Whether a probe's projections to queries, keys and values run beside each other, on streams of their own. Those of
-#: the MLP fill a GPU one at a time.
-FORK = True
 
 
 def why_not(controller: FluxAttention) -> str | None:
@@ -212,13 +209,10 @@ class _Layer:
             )
             return out
         batch, columns, _ = hidden_states.shape
-        fork = self._fork(hidden_states)
         q = module.q_proj(hidden_states).flatten(0, 1)
-        # Ends a probe at its last layer, so nothing may have been put on another stream yet.
+        # Ends a probe at its last layer.
         self.controller.pooling.pool(self.index, q, self.q_norm)
-        k, v = (
-            x.flatten(0, 1) for x in fork(partial(module.k_proj, hidden_states), partial(module.v_proj, hidden_states))
-        )
+        k, v = (project(hidden_states).flatten(0, 1) for project in (module.k_proj, module.v_proj))
         cos, sin = (_per_token(x, batch, columns) for x in position_embeddings)
         if self.controller.decodes:
             attended = self._decode(q, k, v, cos, sin)
@@ -228,10 +222,6 @@ class _Layer:
             attended = self.controller.attend(self.index, q, k, v, module.scaling)
         projected: Tensor = module.o_proj(attended.reshape(batch, columns, -1))
         return projected, None
-
-    def _fork(self, x: Tensor) -> _Fork:
-        """Where products of `x` may run beside each other: in a probe, whose few tokens leave most of a GPU idle."""
-        return _Fork(x.device if FORK and x.is_cuda and self.controller.probing else None)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One token a row, `q [B, Hq * D]`, `k, v [B, Hk * D]` → `[B, Hq, D]`."""
@@ -250,32 +240,6 @@ class _Layer:
         total = fused.vector(attended, out.weight, bias=out.bias, add=x)
         gated = fused.norm_gated(total, self.second, *self.gate_up())
         return fused.vector(gated, down.weight, bias=down.bias, add=total)
-
-
-class _Fork:
-    """From this point of the current stream on, work that waits for nothing behind it; without a device, in line."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self._device, self._point = device, None if device is None else torch.cuda.current_stream(device).record_event()
-
-    def __call__(self, *runs: Callable[[], Tensor]) -> list[Tensor]:
-        """Results of `runs`, each on a stream of its own; the current stream goes on when they are done."""
-        if self._device is None or self._point is None:
-            return [run() for run in runs]
-        found, current, streams = [], torch.cuda.current_stream(self._device), _streams(self._device)[: len(runs)]
-        for stream, run in zip(streams, runs, strict=True):
-            stream.wait_event(self._point)
-            with torch.cuda.stream(stream):
-                found.append(run())
-        for stream in streams:
-            # Also what makes the memory of `found` safe: it is used again only behind a later fork.
-            current.wait_stream(stream)
-        return found
-
-
-@cache
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _vector(x: Tensor, weights: list[Tensor], i: int, config: VectorConfig) -> Tensor:
