@@ -408,41 +408,6 @@ def memory(setup: Setup, record: Recorder) -> None:
     record.add(f"throughput_{label(n)}_q75_vs_dense", rates["q75"] / rates["dense"], "×")
 
 
-def overlap(setup: Setup, record: Recorder) -> None:
-    """Decode steps whose kernels may begin before the one before has ended: the same logits, in how much less time."""
-    n, tokens = setup.lengths[0], [setup.prompt(1) for _ in range(4)]
-    default = setup.controller.overlap
-    medians: dict[tuple[str, bool], float] = {}
-    for name, route in (("dense", setup.route(0.0)), ("q75", setup.route(0.75))):
-        seen = []
-        for on in (False, True):
-            setup.controller.overlap = on
-            try:
-                torch.manual_seed(1)
-                cache = filled_cache(setup, route, n, len(tokens) + 1)
-                if setup.graphs:
-                    # Another configuration would sum in another order.
-                    generation.tune(setup.controller, cache)
-                decoder = generation._Decoder(setup.controller, cache, setup.graphs)
-                seen.append(torch.stack([decoder.step(token).clone() for token in tokens]))
-                del decoder, cache
-                free(setup)
-                times, cache = step_ms(setup, route, n)
-            finally:
-                setup.controller.overlap = default
-            medians[name, on] = statistics.median(times)
-            held = cache.memory().held
-            cache.clear()
-            del cache
-            free(setup)
-            if name == "dense" and on:
-                share = (weight_bytes(setup.model, read=True) + held) / ROOFLINE / (medians[name, on] / 1e3)
-        assert torch.equal(*seen), f"{name}: logits with overlap differ by {difference(*seen):.2e}"
-    record.note(f"overlap_{label(n)}_ms", {f"{name}_{'on' if on else 'off'}": ms for (name, on), ms in medians.items()})
-    record.add(f"decode_dense_{label(n)}_overlap_of_roofline", share, "ratio")
-    record.add(f"decode_speedup_{label(n)}_q75_overlap", medians["dense", True] / medians["q75", True], "×")
-
-
 #: Shares of sparse layers that the sweep takes.
 SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
@@ -493,7 +458,6 @@ RUN: dict[str, Callable[[Setup, Recorder], None]] = {
     "decode": decode,
     "routing": routing,
     "prefill": prefill,
-    "overlap": overlap,
     "sweep": sweep,
 }
 #: The sweep is for the plots and records none of the figures that the project holds itself to.

@@ -55,32 +55,10 @@ def probe(setup: Setup, record: Recorder) -> None:
 
 
 def explain_probe(setup: Setup, record: Recorder) -> None:
-    """What a probe's time consists of, and what other ways of launching it take."""
+    """What a probe's time consists of."""
     host = setup.prompt(setup.short).cpu()
     record.note("routing_probe_kernels_us", kernel_times(lambda: setup.controller.route([host])))
     record.note("routing_probe_products_us", product_times(setup))
-    record.note("routing_probe", probe_variants(setup, host))
-
-
-def probe_variants(setup: Setup, prompt: Tensor) -> dict[str, float]:
-    """Median milliseconds of a probe whose kernels overlap or follow each other, which must give the same scores.
-
-    In turns, so that clocks and heat treat both alike.
-    """
-    controller = setup.controller
-    before = controller.overlap
-    seen: dict[bool, list[float]] = {on: [] for on in {False, before}}
-    scores: dict[bool, Any] = {}
-    try:
-        for _ in range(5):
-            for on, times in seen.items():
-                controller.overlap = on
-                times += probe_wall_ms(setup, controller, prompt)
-                scores[on] = controller._probes.p_full([prompt])
-    finally:
-        controller.overlap = before
-    assert torch.equal(scores[before], scores[False]), "kernels that overlap give a probe other scores"
-    return {f"{'overlap' if on else 'in_turn'}_ms": statistics.median(times) for on, times in seen.items()}
 
 
 def kernel_times(run: Callable[[], Any]) -> dict[str, list[float]]:

@@ -163,7 +163,7 @@ class _Decoder:
             self.logits = self._forward()
 
         # A warm-up writes the token it is about to decode, which the first replay writes again.
-        self.graph = capture(run, self.controller.device, warm_up=2, overlap=self.controller.overlap)
+        self.graph = capture(run, self.controller.device, warm_up=2)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, `[B]`; returns logits `[B, V]` of the next."""

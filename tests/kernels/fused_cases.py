@@ -68,6 +68,13 @@ def _rows(impl: str, device: str, dtype: torch.dtype, hq: int, hk: int, dim: int
 
         yield from _compare(f"rotary norm={normed}", impl, rotate, x, shape)
 
+        def rotate_parts(i: str, t: dict[str, Tensor], normed: bool = normed) -> tuple[Tensor, Tensor]:
+            # Keys beside values, queries beside something else: rows of a joint product.
+            k, q = (torch.cat((t[a], t[b]), -1)[:, : t[a].shape[1]] for a, b in ("kv", "qv"))
+            return rotate(i, t | {"q": q, "k": k}, normed)
+
+        yield from _compare(f"rotary of parts, norm={normed}", impl, rotate_parts, x, shape)
+
 
 def _heads(hq: int, hk: int, dim: int, n: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     angle = torch.rand(n, dim, device=device) * 6

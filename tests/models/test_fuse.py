@@ -76,6 +76,44 @@ def test_nothing_is_left_behind():
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_a_probe_takes_keys_and_values_in_one_product(family, monkeypatch):
+    """Where their weights lie together: from attach to detach, unless somebody moves them."""
+
+    def adjacent() -> list[bool]:
+        modules = [layer.self_attn for layer in model.model.layers]
+        return [
+            a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+            for m in modules
+            for a, b in zip(m.k_proj.parameters(), m.v_proj.parameters(), strict=True)
+        ]
+
+    products, linear = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, w, b=None: products.append(w.shape[0]) or linear(x, w, b))
+    model, prompts = biased(make_model(family)), make_prompts(*LENGTHS)
+    controller = attach(model, CONFIG, fuse=False)
+    opinionated(controller)
+    state, expected = controller.router.state_dict(), controller.route(prompts).p_full
+    detach(model)
+    controller = attach(model, CONFIG, fuse=True)
+    controller.router.load_state_dict(state)
+    layers = len(controller.layers)
+    wide = 2 * model.model.layers[0].self_attn.k_proj.out_features
+
+    def probe() -> int:
+        products.clear()
+        torch.testing.assert_close(controller.route(prompts).p_full, expected, rtol=0, atol=1e-4)
+        return products.count(wide)
+
+    # The last layer's are never needed.
+    assert all(adjacent()) and probe() == layers - 1
+    model.model.layers[1].self_attn.v_proj.weight.data = model.model.layers[1].self_attn.v_proj.weight.data.clone()
+    assert probe() == layers - 2
+    detach(model)
+    assert not any(adjacent())
+
+
 def test_gradients_and_hooks_take_the_models_own_code(monkeypatch):
     model = make_model("qwen3")
     controller = attach(model, CONFIG, fuse=True)

@@ -79,27 +79,6 @@ def test_probe_graph_is_the_probe(family):
     assert len(controller._probes._graphs) == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_that_overlap_give_the_same_bits(family):
-    """Probes and decode steps replayed many times over: a kernel that read too early would now and then be wrong."""
-    model = make(family).to("cuda", torch.bfloat16)
-    controller = attach(model, CONFIG)
-    if not controller.overlap:
-        pytest.skip("kernels overlap on Hopper and later")
-    opinionated(controller)
-    prompts = make_prompts(*range(90, 490, 20))
-    rows = [p.cuda() for p in prompts[:3]]
-    route = mixed_route(len(controller.layers), len(rows))
-    found = []
-    for controller.overlap in (True, False):
-        probes = torch.stack([controller.route([p]).p_full for p in prompts])
-        result = generate(model, rows, max_new_tokens=200, route=route, tuned=False)
-        result.cache.clear()
-        found.append((probes, result.tokens))
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-
-
 def test_inline_routes_are_the_cpus():
     model = make("qwen3")
     prompts = make_prompts(300, 222)

@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-def capture(
-    run: Callable[[], object], device: torch.device, *, warm_up: int = 0, overlap: bool = False
-) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], object], device: torch.device, *, warm_up: int = 0) -> torch.cuda.CUDAGraph:
     """What `run` launches on a GPU, captured: a replay launches it again, on the same memory.
 
     Args:
@@ -17,11 +15,8 @@ def capture(
         device: may be another than the current one. Left to itself, torch captures on a stream that the process keeps
             from its first capture on, on whatever device that was.
         warm_up: runs before it, on the same stream: they compile kernels and fill caches.
-        overlap: let its kernels begin before the one before has ended (`overlap.py`).
     """
-    from flux_attention.kernels.overlap import overlapping
-
-    with torch.cuda.device(device), overlapping(overlap):
+    with torch.cuda.device(device):
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -41,11 +41,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels there can begin before the one before has ended (`overlap.py`): Hopper and later."""
-    return device.type == "cuda" and torch.version.cuda is not None and _capability(device) >= (9, 0)
-
-
 def why_unusable(op: str, impl: str, q: Tensor, block: int | None = None) -> str | None:
     """Reason why `impl` cannot serve `op` on queries like `q` (device, dtype, head dim, block, package), or None."""
     if impl == "triton":

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux_attention.kernels.capture import capture
-from flux_attention.kernels.dispatch import UnsupportedKernelError, importable, overlaps, triton_interprets
+from flux_attention.kernels.dispatch import UnsupportedKernelError, importable, triton_interprets
 
 
 def _triton(x: Tensor, impl: str) -> bool:
@@ -69,7 +69,6 @@ def _norm_rows(x: Tensor, add: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
-    from flux_attention.kernels import overlap
 
     x = x.contiguous()
     width = x.shape[-1]
@@ -88,7 +87,6 @@ def _norm_rows(x: Tensor, add: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
             BLOCK=block,
             ADD=add is not None,
             num_warps=max(1, min(16, block // 512)),
-            **overlap.options(),
         )
     return out, total
 
@@ -100,14 +98,11 @@ def silu_mul(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
-    from flux_attention.kernels import overlap
 
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     if out.numel():
-        kernels.silu_mul_kernel[(triton.cdiv(out.numel(), 2048),)](
-            gate, up, out, out.numel(), BLOCK=2048, num_warps=8, **overlap.options()
-        )
+        kernels.silu_mul_kernel[(triton.cdiv(out.numel(), 2048),)](gate, up, out, out.numel(), BLOCK=2048, num_warps=8)
     return out
 
 
@@ -140,9 +135,10 @@ def rotary(
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
-    from flux_attention.kernels import overlap
 
-    q, k, cos, sin = (x.contiguous() for x in (q, k, cos, sin))
+    # Rows may be parts of wider ones.
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos, sin = cos.contiguous(), sin.contiguous()
     tokens, hq, hk = q.shape[0], q.shape[1] // dim, k.shape[1] // dim
     q_out, k_out = q.new_empty(tokens, hq, dim), k.new_empty(tokens, hk, dim)
     heads = min(8, triton.next_power_of_2(max(hq, hk)))
@@ -157,13 +153,14 @@ def rotary(
             q_out,
             k_out,
             0.0 if q_norm is None else q_norm.eps,
+            q.stride(0),
+            k.stride(0),
             HQ=hq,
             HK=hk,
             HALF=dim // 2,
             HEADS=heads,
             NORM=q_norm is not None,
             num_warps=2,
-            **overlap.options(),
         )
     return q_out, k_out
 
@@ -197,7 +194,6 @@ def rotary_append(
         v_pages.flatten(0, 1)[slots] = v.unflatten(-1, (hk, dim))
         return new_q
     from flux_attention.kernels import fused_triton as kernels
-    from flux_attention.kernels import overlap
 
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     rows, hq = q.shape[0], q.shape[1] // dim
@@ -224,7 +220,6 @@ def rotary_append(
         PAGE=page,
         NORM=q_norm is not None,
         num_warps=1,
-        **overlap.options(),
     )
     return out
 
@@ -387,11 +382,12 @@ def decide(
     import triton
 
     from flux_attention.kernels import fused_triton as kernels
-    from flux_attention.kernels import overlap
 
     q, (rows, k), hq = q.contiguous(), index.shape, q.shape[1] // dim
     programs = programs or _PROGRAMS[dim]
     work = torch.empty(rows, programs, 4, dim, dtype=torch.float32, device=q.device)
+    # Hopper and later: begin while the queries are finished, and fetch the weights meanwhile.
+    overlap = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     kernels.decide_kernel[(programs, rows)](
         q,
         index,
@@ -412,8 +408,9 @@ def decide(
         TOKENS=triton.next_power_of_2(triton.cdiv(k, programs)),
         PROGRAMS=programs,
         NORM=norm is not None,
+        OVERLAP=overlap,
         num_warps=4,
-        **overlap.options(overlaps(q.device)),
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out
 
@@ -448,12 +445,9 @@ def _key(kind: str, weight: Tensor) -> tuple[object, ...]:
 def _launch(kind: str, weight: Tensor, config: VectorConfig | None) -> tuple[VectorConfig, dict[str, Any]]:
     import triton
 
-    from flux_attention.kernels import overlap
-
     config = config or _TUNED.get(_key(kind, weight), VECTOR_CONFIGS[0])
     block = min(config.block, triton.next_power_of_2(weight.shape[1]))
-    meta = {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
-    return config, meta | overlap.options()
+    return config, {"K": weight.shape[1], "BN": config.rows, "BK": block, "num_warps": config.warps}
 
 
 def vector(

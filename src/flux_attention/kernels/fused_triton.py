@@ -10,19 +10,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from flux_attention.kernels.overlap import after_previous
-
 # ------------------------------------------------------------------------------------------------ rows of tokens
 
 
 @triton.jit
 def rms_norm_kernel(
     p_x, p_add, p_weight, p_out, p_sum, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """A row of `p_out` is the normalised row of `p_x`, or of `p_x + p_add`, which then goes to `p_sum`."""
-    if OVERLAP:
-        after_previous()
     i_row = tl.program_id(0).to(tl.int64) * N
     o = tl.arange(0, BLOCK)
     m = o < N
@@ -38,9 +34,7 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(p_gate, p_up, p_out, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    if OVERLAP:
-        after_previous()
+def silu_mul_kernel(p_gate, p_up, p_out, n, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     b_gate = tl.load(p_gate + o, mask=m, other=0.0).to(tl.float32)
@@ -68,13 +62,13 @@ def _rotated(
 
 @triton.jit
 def rotary_kernel(
-    p_q, p_k, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_out, eps,
+    p_q, p_k, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_out, eps, stride_q, stride_k,
     HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Queries `[N, HQ * D]` and keys `[N, HK * D]`, their heads normalised and rotated. A program takes HEADS heads."""
-    if OVERLAP:
-        after_previous()
+    """Queries `[N, HQ * D]` and keys `[N, HK * D]`, their heads normalised and rotated. A program takes HEADS heads.
+
+    What is read may lie in wider rows, of `stride_q` and `stride_k` values; what is written is contiguous.
+    """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
     QUERY_PROGRAMS: tl.constexpr = (HQ + HEADS - 1) // HEADS
@@ -82,16 +76,16 @@ def rotary_kernel(
     o_d = tl.arange(0, HALF)[None, :]
     if i_h < QUERY_PROGRAMS:
         o_h = i_h * HEADS + tl.arange(0, HEADS)[:, None]
-        m_h, o_x = o_h < HQ, (i_t * HQ + o_h) * D
-        b_1, b_2 = _rotated(p_q, o_x, m_h, p_c, p_s, p_q_weight, eps, HALF, NORM)
-        tl.store(p_q_out + o_x + o_d, b_1.to(p_q_out.dtype.element_ty), mask=m_h)
-        tl.store(p_q_out + o_x + HALF + o_d, b_2.to(p_q_out.dtype.element_ty), mask=m_h)
+        m_h, o_out = o_h < HQ, (i_t * HQ + o_h) * D
+        b_1, b_2 = _rotated(p_q, i_t * stride_q + o_h * D, m_h, p_c, p_s, p_q_weight, eps, HALF, NORM)
+        tl.store(p_q_out + o_out + o_d, b_1.to(p_q_out.dtype.element_ty), mask=m_h)
+        tl.store(p_q_out + o_out + HALF + o_d, b_2.to(p_q_out.dtype.element_ty), mask=m_h)
     else:
         o_h = (i_h - QUERY_PROGRAMS) * HEADS + tl.arange(0, HEADS)[:, None]
-        m_h, o_x = o_h < HK, (i_t * HK + o_h) * D
-        b_1, b_2 = _rotated(p_k, o_x, m_h, p_c, p_s, p_k_weight, eps, HALF, NORM)
-        tl.store(p_k_out + o_x + o_d, b_1.to(p_k_out.dtype.element_ty), mask=m_h)
-        tl.store(p_k_out + o_x + HALF + o_d, b_2.to(p_k_out.dtype.element_ty), mask=m_h)
+        m_h, o_out = o_h < HK, (i_t * HK + o_h) * D
+        b_1, b_2 = _rotated(p_k, i_t * stride_k + o_h * D, m_h, p_c, p_s, p_k_weight, eps, HALF, NORM)
+        tl.store(p_k_out + o_out + o_d, b_1.to(p_k_out.dtype.element_ty), mask=m_h)
+        tl.store(p_k_out + o_out + HALF + o_d, b_2.to(p_k_out.dtype.element_ty), mask=m_h)
 
 
 @triton.jit(do_not_specialize=["stride_table"])
@@ -99,11 +93,8 @@ def rotary_append_kernel(
     p_q, p_k, p_v, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_pages, p_v_pages, p_table, p_count, eps,
     stride_table, stride_p, stride_t, stride_h,
     HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token a row: its queries rotated to `p_q_out`, its keys and values put behind the row's keys in its pages."""
-    if OVERLAP:
-        after_previous()
     i_s, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
     p_c, p_s = p_cos + i_s * D, p_sin + i_s * D
@@ -211,18 +202,20 @@ def router_pair_kernel(
     """
     i_n, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_l * tl.num_programs(1) + i_s
-    b_x = _router_input(
-        p_x + i_row * parts * K, p_shift + i_l * K, p_scale + i_l * K, parts, K, BK, PARTS, WHITEN, SILU_IN
-    )
     o_n, o_k, o_m = i_n * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BM)
     m_n, m_m = o_n < N, o_m < M
     m_w = m_n[:, None] & (o_k < K)[None, :]
+    m_v = m_m[:, None] & m_n[None, :]
+    # Weights wait for nothing, so they are on their way before the input is put together.
     b_w = tl.load(p_first + i_l * N * K + o_n[:, None] * K + o_k[None, :], mask=m_w, other=0.0)
-    b_h = tl.sum(b_w * b_x[None, :], 1) + tl.load(p_bias + i_l * N + o_n, mask=m_n, other=0.0)
+    b_v = tl.load(p_second + i_l * M * N + o_m[:, None] * N + o_n[None, :], mask=m_v, other=0.0)
+    b_bias = tl.load(p_bias + i_l * N + o_n, mask=m_n, other=0.0)
+    b_x = _router_input(
+        p_x + i_row * parts * K, p_shift + i_l * K, p_scale + i_l * K, parts, K, BK, PARTS, WHITEN, SILU_IN
+    )
+    b_h = tl.sum(b_w * b_x[None, :], 1) + b_bias
     if SILU:
         b_h = b_h * tl.sigmoid(b_h)
-    m_v = m_m[:, None] & m_n[None, :]
-    b_v = tl.load(p_second + i_l * M * N + o_m[:, None] * N + o_n[None, :], mask=m_v, other=0.0)
     tl.store(p_out + (i_row * tl.num_programs(0) + i_n) * M + o_m, tl.sum(b_v * b_h[None, :], 1), mask=m_m)
 
 
@@ -334,7 +327,7 @@ def decide_kernel(
 @triton.jit
 def _products(
     p_x, p_norm, p_weight, o_n, m_n, eps,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Products of rows `o_n` of a weight `[N, K]` with the vector `p_x [K]`, normalised first if NORM; float32 `[BN]`.
 
@@ -349,9 +342,6 @@ def _products(
             b_w = tl.load(p_rows + o_k[None, :], mask=m_n[:, None], other=0.0)
         else:
             b_w = tl.load(p_rows + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
-        if OVERLAP and i == 0:
-            # Weights do not depend on the kernel before: the first of them are on their way already.
-            after_previous()
         if K % BK == 0:
             b_x = tl.load(p_x + o_k).to(tl.float32)
         else:
@@ -370,11 +360,10 @@ def _products(
 def _vector(
     p_x, p_norm, p_weight, p_bias, p_add, p_out, i_n, n, eps,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < n
-    b_out = _products(p_x, p_norm, p_weight, o_n, m_n, eps, K, BN, BK, NORM, OVERLAP)
+    b_out = _products(p_x, p_norm, p_weight, o_n, m_n, eps, K, BN, BK, NORM)
     if BIAS:
         b_out += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
     if ADD:
@@ -386,17 +375,16 @@ def _vector(
 def vector_kernel(
     p_x, p_norm, p_weight, p_bias, p_add, p_out, n, eps,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`weight [n, K] @ x + bias + add`, x normalised first if NORM."""
-    _vector(p_x, p_norm, p_weight, p_bias, p_add, p_out, tl.program_id(0), n, eps, K, BN, BK, NORM, BIAS, ADD, OVERLAP)
+    _vector(p_x, p_norm, p_weight, p_bias, p_add, p_out, tl.program_id(0), n, eps, K, BN, BK, NORM, BIAS, ADD)
 
 
 @triton.jit
 def three_kernel(
     p_x, p_norm, p_weight_a, p_weight_b, p_weight_c, p_bias_a, p_bias_b, p_bias_c, p_out_a, p_out_b, p_out_c,
     n_a, n_b, n_c, eps,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Three products of one normalised vector in one launch: queries, keys and values."""
     i = tl.program_id(0)
@@ -404,21 +392,21 @@ def three_kernel(
     i_c = i_b - (n_b + BN - 1) // BN
     # Written out three times: a pointer chosen at run time would lose its alignment, and with it the wide loads.
     if i_b < 0:
-        _vector(p_x, p_norm, p_weight_a, p_bias_a, p_x, p_out_a, i, n_a, eps, K, BN, BK, True, BIAS, False, OVERLAP)
+        _vector(p_x, p_norm, p_weight_a, p_bias_a, p_x, p_out_a, i, n_a, eps, K, BN, BK, True, BIAS, False)
     elif i_c < 0:
-        _vector(p_x, p_norm, p_weight_b, p_bias_b, p_x, p_out_b, i_b, n_b, eps, K, BN, BK, True, BIAS, False, OVERLAP)
+        _vector(p_x, p_norm, p_weight_b, p_bias_b, p_x, p_out_b, i_b, n_b, eps, K, BN, BK, True, BIAS, False)
     else:
-        _vector(p_x, p_norm, p_weight_c, p_bias_c, p_x, p_out_c, i_c, n_c, eps, K, BN, BK, True, BIAS, False, OVERLAP)
+        _vector(p_x, p_norm, p_weight_c, p_bias_c, p_x, p_out_c, i_c, n_c, eps, K, BN, BK, True, BIAS, False)
 
 
 @triton.jit
 def gated_kernel(
     p_x, p_norm, p_gate, p_up, p_out, n, eps,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`silu(gate @ x) * (up @ x)` of one normalised vector."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < n
-    b_gate = _products(p_x, p_norm, p_gate, o_n, m_n, eps, K, BN, BK, True, OVERLAP)
-    b_up = _products(p_x, p_norm, p_up, o_n, m_n, eps, K, BN, BK, True, False)
+    b_gate = _products(p_x, p_norm, p_gate, o_n, m_n, eps, K, BN, BK, True)
+    b_up = _products(p_x, p_norm, p_up, o_n, m_n, eps, K, BN, BK, True)
     tl.store(p_out + o_n, (b_gate * tl.sigmoid(b_gate) * b_up).to(p_out.dtype.element_ty), mask=m_n)

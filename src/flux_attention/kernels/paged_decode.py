@@ -113,7 +113,6 @@ def paged_decode_triton(
     """
     import triton
 
-    from flux_attention.kernels import overlap
     from flux_attention.kernels import paged_decode_triton as kernels
 
     for name, t in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("page_table", page_table), ("out", out)):
@@ -157,7 +156,6 @@ def paged_decode_triton(
         STAGES=config.stages,
         PRECISION="ieee",
         num_warps=config.warps,
-        **overlap.options(),
     )
     kernels.combine_kernel[(rows, hq, max(1, dim // 64))](
         part,
@@ -173,7 +171,6 @@ def paged_decode_triton(
         BLOCK=32,
         BLOCK_D=min(64, dim),
         num_warps=4,
-        **overlap.options(),
     )
     return out
 

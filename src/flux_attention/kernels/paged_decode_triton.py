@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flux_attention.kernels.overlap import after_previous
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -61,11 +59,9 @@ def decode_kernel(
     stride_qs, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh, stride_table,
     n_splits, split,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial outputs `[S, Hk, n_splits, GROUP, D]` and base-2 log-sum-exps `[S, Hk, n_splits, GROUP]`, float32."""
-    if OVERLAP:
-        after_previous()
     i_split, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(p_length + i_s)
     # A split is a multiple of BLOCK, and whole tiles lie in one page.
@@ -105,11 +101,9 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["n_splits", "split"])
 def combine_kernel(
     p_part, p_lse, p_length, p_out, n_splits, split, stride_os, stride_oh,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of a row's partial outputs; splits that its length does not reach are never read."""
-    if OVERLAP:
-        after_previous()
     i_s, i_q, i_d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(p_length + i_s)
     n_used = (n + split - 1) // split

@@ -20,7 +20,6 @@ from transformers.cache_utils import DynamicCache
 from flux_attention.cache import CACHE_KEYWORDS, FluxCache, PagePool, append_token, cache_argument
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import paged_decode
-from flux_attention.kernels.dispatch import overlaps
 from flux_attention.models.delta import AppliedDelta
 from flux_attention.models.families import family_of, layer_devices, layer_types
 from flux_attention.models.fuse import Fusion
@@ -45,8 +44,6 @@ class FluxAttention:
         policy: what makes a request's route; None = the router.
         dial: range that a routed request's sparsity is held in.
         impl: kernel implementation of prefill attention, "auto" or a name of `kernels.api`.
-        overlap: whether the kernels of captured decode steps and probes begin before the one before has ended. They do
-            on Hopper and later; results are the same.
         last_route: route of the last prefill.
         delta: weights of the backbone that the adapter replaced until `detach`; None where it replaced none.
         ranks: that share the model's heads, where it is split by a `tp_plan`.
@@ -74,7 +71,6 @@ class FluxAttention:
         self.dial = Dial()
         self.impl = "auto"
         self.decode_impl = "auto"
-        self.overlap = overlaps(self.device)
         self.last_route: Route | None = None
         self.delta: AppliedDelta | None = None
         self.full_mode: Mode = make_mode(config.retrieval_mode, config)
@@ -418,6 +414,11 @@ class FluxAttention:
             step.cache.advance(step.layout.columns, step.layout.counts, decoded=step.layout.is_decode)
 
     # ------------------------------------------------------------------ attention
+
+    @property
+    def probing(self) -> bool:
+        """Whether the current pass is a probe."""
+        return self._step is not None and self._step.collect
 
     @property
     def decodes(self) -> bool:

@@ -1,7 +1,8 @@
 """Run the layers of an attached model with their elementwise work folded together, and take that off again.
 
 `fuse` gives decoder layers, their attention, the last norm and the output projection forward functions of their own on
-the *instance*; `remove` deletes them, and the model's methods are back. Weights, classes and modules stay as they are.
+the *instance*; `remove` deletes them, and the model's methods are back. Classes, modules and values of weights stay as
+they are; the weights of keys and values lie behind one another while the model is fused: one product can read both.
 The forward functions serve inference: under gradients, and in a layer that somebody has put hooks into, the model's own
 code runs.
 
@@ -60,6 +61,9 @@ class Fusion:
         self.controller = controller
         self.layers = [_Layer(controller, layer, index) for index, layer in enumerate(controller.decoder.layers)]
         self._changed: list[Any] = []
+        for k, v in self._keys_values():
+            _lay_together(k.weight, v.weight)
+            _lay_together(k.bias, v.bias)
         for fused_layer in self.layers:
             self._set(fused_layer.layer, self._on_its_device(fused_layer.forward))
             self._set(fused_layer.attention, fused_layer.attend)
@@ -87,10 +91,19 @@ class Fusion:
 
         return on_device
 
+    def _keys_values(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """Projections whose weights lie together while the model is fused."""
+        # Ranks and devices that share a model probe without graphs, and launches are what costs them time.
+        if self.controller.is_split:
+            return []
+        return [(x.attention.k_proj, x.attention.v_proj) for x in self.layers]
+
     def remove(self) -> None:
         for module in self._changed:
             del vars(module)["forward"]
         self._changed = []
+        for parameter in (p for pair in self._keys_values() for module in pair for p in module.parameters()):
+            parameter.data = parameter.data.clone()
 
     def pools(self, index: int) -> bool:
         """Whether layer `index` has its queries pooled itself (`LayerPooling.pool`) in this pass."""
@@ -134,6 +147,7 @@ class _Layer:
 
     def __init__(self, controller: FluxAttention, layer: Any, index: int) -> None:
         self.controller, self.layer, self.index = controller, layer, index
+        self.last = index == len(controller.layers) - 1
         self.attention: Any = layer.self_attn
         self.first, self.second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         norms = (getattr(self.attention, name, None) for name in ("q_norm", "k_norm"))
@@ -209,19 +223,38 @@ class _Layer:
             )
             return out
         batch, columns, _ = hidden_states.shape
+        probing = self.controller.probing
         q = module.q_proj(hidden_states).flatten(0, 1)
-        # Ends a probe at its last layer.
-        self.controller.pooling.pool(self.index, q, self.q_norm)
-        k, v = (project(hidden_states).flatten(0, 1) for project in (module.k_proj, module.v_proj))
+        pool = partial(self.controller.pooling.pool, self.index, q, self.q_norm)
+        if not probing or self.last:
+            # Ends a probe at its last layer.
+            pool()
+        k, v = self._keys_values(hidden_states, together=probing)
         cos, sin = (_per_token(x, batch, columns) for x in position_embeddings)
         if self.controller.decodes:
             attended = self._decode(q, k, v, cos, sin)
         else:
             q, k = fused.rotary(q, k, cos, sin, module.head_dim, self.q_norm, self.k_norm)
+            if probing:
+                # Here, because a probe's attention is what leaves most of a GPU idle.
+                pool()
             q, k, v = (x.view(batch, columns, -1, module.head_dim).transpose(1, 2) for x in (q, k, v))
             attended = self.controller.attend(self.index, q, k, v, module.scaling)
         projected: Tensor = module.o_proj(attended.reshape(batch, columns, -1))
         return projected, None
+
+    def _keys_values(self, x: Tensor, together: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of `x [B, T, H]`, `[B * T, Hk * D]`; `together`, of one product where the weights allow it.
+
+        With few tokens a product is as long as its reading of the weight takes, and one that reads as little as either
+        of the two does not fill a GPU.
+        """
+        k, v = self.attention.k_proj, self.attention.v_proj
+        weight, bias = _joint(k.weight, v.weight), _joint(k.bias, v.bias)
+        if not together or weight is None or (bias is None) != (k.bias is None):
+            return k(x).flatten(0, 1), v(x).flatten(0, 1)
+        keys, values = nn.functional.linear(x, weight, bias).flatten(0, 1).chunk(2, -1)
+        return keys, values
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One token a row, `q [B, Hq * D]`, `k, v [B, Hk * D]` → `[B, Hq, D]`."""
@@ -244,6 +277,21 @@ class _Layer:
 
 def _vector(x: Tensor, weights: list[Tensor], i: int, config: VectorConfig) -> Tensor:
     return fused.vector(x, weights[i], config=config)
+
+
+def _lay_together(first: Tensor | None, second: Tensor | None) -> None:
+    """Move two parameters to where the second begins as the first ends."""
+    if first is not None and second is not None:
+        first.data, second.data = torch.cat((first.data, second.data)).chunk(2)
+
+
+def _joint(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Two parameters of one shape as one tensor, where the second begins as the first ends; no copy, or None."""
+    if first is None or second is None or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return None
+    if second.storage_offset() != first.storage_offset() + first.numel():
+        return None
+    return first.as_strided((2 * first.shape[0], *first.shape[1:]), first.stride())
 
 
 def _own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -97,7 +97,6 @@ class ProbeGraphs:
         key = (
             len(prompts),
             controller.impl,
-            controller.overlap,
             *(p.data_ptr() for p in controller.router.parameters()),
         )
         if key not in self._graphs:
@@ -132,7 +131,7 @@ class ProbeGraphs:
             found = _run(controller, ids.to(controller.device, non_blocking=True), step)
             shares.copy_(controller.router.from_parts(found).softmax(-1), non_blocking=True)
 
-        graph = capture(run, controller.device, warm_up=2, overlap=controller.overlap)
+        graph = capture(run, controller.device, warm_up=2)
         return _Replay(ids, graph, shares, step, controller.device)
 
 
