@@ -227,7 +227,7 @@ def rotary_append(
 # ------------------------------------------------------------------------------------------------ router
 
 #: Tokens that one program pools.
-_POOLED = 4
+_POOLED = 2
 
 
 def pool_queries(
@@ -319,7 +319,7 @@ def router_logits(
             WHITEN=i == 0,
             SILU_IN=i > 0 and silu[i - 1],
             SILU=silu[i],
-            num_warps=8,
+            num_warps=4,
         )
         x = out
     logits = torch.empty(layers, rows, 2, dtype=torch.float32, device=x.device)

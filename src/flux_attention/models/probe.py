@@ -129,7 +129,9 @@ class ProbeGraphs:
 
         def run() -> None:
             found = _run(controller, ids.to(controller.device, non_blocking=True), step)
-            shares.copy_(controller.router.from_parts(found).softmax(-1), non_blocking=True)
+            # Added up once: each of the routers' many programs would do it again.
+            pooled = found.sum(2, keepdim=True)
+            shares.copy_(controller.router.from_parts(pooled).softmax(-1), non_blocking=True)
 
         graph = capture(run, controller.device, warm_up=2)
         return _Replay(ids, graph, shares, step, controller.device)
