@@ -68,12 +68,12 @@ DEFAULT_GROUPS = (
     "needles:0.6:niah*,needle_interview"
     + 4 * ",open_question"
     + ":niah_single_2,niah_single_3,niah_multikey_1,niah_multiquery",
-    "lookups:0.7:variable*,kv*,passage_count:needle_interview,variable_copies",
-    "summary:0.933:module_summary,open_request,open_request:=lookups",
+    "lookups:0.733:variable*,kv*,passage_count:needle_interview,variable_copies",
+    "summary:0.9:module_summary,open_request,open_request:=lookups",
     "code:0.833:code_completion:code_second_half,prose_second_half",
     "prose:0.867:prose_continuation:=code",
     "fewshot:0.867:fewshot_topic,fewshot_sentiment:topic_labels",
-    "words:0.967:common_words,common_numbers,common_codes:=fewshot",
+    "words:0.933:common_words,common_numbers,common_codes:=fewshot",
 )
 EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_completion")
 
