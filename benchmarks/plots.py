@@ -23,6 +23,8 @@ from common import ROOT
 WEIGHT_BYTES, BANDWIDTH, FLOPS = 15.1e9, 3.0e12, 700e12
 LAYERS, HEADS, KEY_HEADS, DIM, LINEAR_PARAMETERS = 36, 32, 8, 128, 6.95e9
 SINK_WINDOW = 128 + 2048 + 128
+#: Ways of `head_level.py`.
+HEAD_LEVEL = {"layers": "by layers", "heads": "by heads, one launch", "heads_two_launches": "by heads, two launches"}
 
 
 def newest(folder: Path) -> dict[str, tuple[float, str]]:
@@ -74,10 +76,15 @@ def sweep(figures: dict[str, tuple[float, str]], out: Path) -> list[Path]:
             (line,) = axes.plot(lengths, values, "o-", label=f"Ω = {sparsity:g}")
             axes.plot(lengths, [roofline(n, sparsity) for n in lengths], ":", color=line.get_color())
         axes.plot([], [], "k:", label="roofline")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        token_axis(axes, sorted({n for seen in points.values() for n, _ in seen}))
         axes.set_xlabel("tokens")
-        axes.set_ylabel(f"{phase}, ms" + (" a step, batch 1" if phase == "decode" else ""))
+        if phase == "prefill":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g}")
+            axes.set_ylabel("prefill, s")
+        else:
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel("a decode step, batch 1, ms")
         axes.set_title(f"8B shapes, {device}", fontsize=10)
         axes.legend(fontsize=8)
         made.append(save(figure, out / f"{phase}.svg"))
@@ -99,17 +106,24 @@ def head_level(figures: dict[str, tuple[float, str]], out: Path) -> list[Path]:
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for name, seen in points.items():
         lengths, values = zip(*sorted(seen), strict=True)
-        axes.plot(lengths, values, "o-", label=name.replace("_", " "))
+        axes.plot(lengths, values, "o-", label=HEAD_LEVEL[name])
     lengths = sorted(n for n, _ in points["layers"])
     axes.plot(
         lengths, [roofline_decode(n, 0.75) - WEIGHT_BYTES / BANDWIDTH * 1e3 for n in lengths], "k:", label="roofline"
     )
-    axes.set_xscale("log", base=2)
+    token_axis(axes, lengths)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of the context")
     axes.set_ylabel("attention of a decode step, ms")
     axes.set_title(f"three quarters sparse, {device}", fontsize=10)
     axes.legend(fontsize=8)
     return [save(figure, out / "head_level.svg")]
+
+
+def token_axis(axes: Any, lengths: list[int]) -> None:
+    """Lengths on a logarithmic axis, named as people do."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
 
 
 def save(figure: Any, path: Path) -> Path:
