@@ -93,7 +93,7 @@ class Fusion:
 
     def _keys_values(self) -> list[tuple[nn.Linear, nn.Linear]]:
         """Projections whose weights lie together while the model is fused."""
-        # Ranks and devices that share a model probe without graphs, and launches are what costs them time.
+        # A split model's layers carry hooks, so its own code runs, and ranks may hold distributed tensors.
         if self.controller.is_split:
             return []
         return [(x.attention.k_proj, x.attention.v_proj) for x in self.layers]
@@ -250,8 +250,8 @@ class _Layer:
         of the two does not fill a GPU.
         """
         k, v = self.attention.k_proj, self.attention.v_proj
-        weight, bias = _joint(k.weight, v.weight), _joint(k.bias, v.bias)
-        if not together or weight is None or (bias is None) != (k.bias is None):
+        weight, bias = (_joint(k.weight, v.weight), _joint(k.bias, v.bias)) if together else (None, None)
+        if weight is None or (bias is None) != (k.bias is None):
             return k(x).flatten(0, 1), v(x).flatten(0, 1)
         keys, values = nn.functional.linear(x, weight, bias).flatten(0, 1).chunk(2, -1)
         return keys, values
