@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,27 @@ HEAD_LEVEL = {"layers": "by layers", "heads": "by heads, one launch", "heads_two
 
 
 def newest(folder: Path) -> dict[str, tuple[float, str]]:
-    """Value and device of every figure, from the newest file that has it."""
+    """Value and device of every figure, from the newest file that has it; with what `longest` makes of its details."""
     found: dict[str, tuple[str, float, str]] = {}
     for path in sorted(folder.glob("*.json")):
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for figure in data.get("figures", ()):
-            known = found.get(figure["name"])
+        values = dict(longest(data.get("details", {})))
+        values |= {figure["name"]: figure["value"] for figure in data.get("figures", ())}
+        for name, value in values.items():
+            known = found.get(name)
             if known is None or data["date"] >= known[0]:
-                found[figure["name"]] = (data["date"], figure["value"], data["device"])
+                found[name] = (data["date"], value, data["device"])
     return {name: (value, device) for name, (_, value, device) in found.items()}
+
+
+def longest(details: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What other sections measured at lengths that a sweep leaves out, dense and three quarters sparse."""
+    for key, value in details.items():
+        if match := re.fullmatch(r"prefill_(\d+k)_ms", key):
+            yield f"sweep_prefill_{match[1]}_q0_ms", value["dense"]
+            yield f"sweep_prefill_{match[1]}_q75_ms", value["q75"]
+        elif match := re.fullmatch(r"decode_(\d+k)_(dense|q75)_ms", key):
+            yield f"sweep_decode_{match[1]}_b1_{match[2].replace('dense', 'q0')}_ms", value["median"]
 
 
 def roofline_prefill(n: int, sparsity: float) -> float:
