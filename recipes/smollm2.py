@@ -10,7 +10,8 @@ are ranked first, and the router learns when to use which ranking.
 
 1. probe      pooled queries of some thousand prompts (200 tokens each), whitening of the router's input
 2. search     per group of tasks, what each layer costs the right answer: slopes of the loss in its gate
-3. fit        routers against "the layers that this prompt's group can spare", on the cached features
+3. fit        routers against "the layers that this prompt's group can spare", on the cached features and on those of
+              a few prompts read whole, as a router sees them that routes inline
 4. gates      (optional, --gate-steps) the published way: loss through sampled gates, Lagrangian on Ω
 5. evaluate   the reloaded adapter beside dense and the static splits, on held-out text
 
@@ -24,6 +25,7 @@ import functools
 import json
 import math
 import os
+import random
 import sys
 import tempfile
 import time
@@ -48,7 +50,7 @@ from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.models.controller import FluxAttention
-from flux_attention.route import Interleaved, Policy, Static
+from flux_attention.route import Interleaved, Policy, Route, Static
 from flux_attention.training.card import compare, comparison_text, model_card
 from flux_attention.training.damage import DamageMeter
 from flux_attention.training.data import RouterDataset, class_index
@@ -102,6 +104,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--samples", type=Path, help="file with the samples, made when it is not there")
     add("--prepare", action="store_true", help="only make that file, which needs no GPU")
     add("--fit-prompts", type=int, default=4200, help="prompts whose features the router is fitted on")
+    add("--inline-prompts", type=int, default=96, help="of them, read whole as well, as a router sees them inline")
+    add("--inline-weight", type=int, default=4, help="what such a reading counts in the fit, a probe counts 1")
     add("--features", type=Path, help="file that keeps the probes' pooled queries from one run to the next")
     add("--search-samples", type=int, nargs="+", help="one or one a group; by default a sample a measurement")
     add("--search-lengths", type=int, nargs="+", default=[4096, 4096, 0, 3072, 0, 2048, 0], help="one or one a group")
@@ -109,7 +113,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--measurements",
         type=int,
         nargs="+",
-        default=[1216, 448, 0, 288, 0, 704, 0],
+        default=[1184, 448, 0, 288, 0, 688, 0],
         help="passes with gradients, one or one a group",
     )
     add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
@@ -160,6 +164,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             "gradient_tokens": 2400,
             "fit_steps": 40,
             "fit_batch": 32,
+            "inline_prompts": 2,
             "gate_steps": min(options.gate_steps, 2),
             "gate_batch": 2,
             "gate_lengths": [800],
@@ -246,6 +251,16 @@ def probe(controller: FluxAttention, samples: list[Sample], path: Path | None, c
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"pooled": half.cpu().contiguous()}, path, about)
     return half.float()
+
+
+def inline_features(controller: FluxAttention, samples: list[Sample], target: Tensor, cost: CostMeter) -> Tensor:
+    """Pooled queries `[L, n, D]` of whole prompts, each under the route that its `target [n, L]` asks for."""
+    found = [torch.empty(len(controller.layers), 0, controller.router.head_dim)]
+    with cost.phase("inline"):
+        for sample, wanted in zip(samples, target, strict=True):
+            route = Route(wanted[:, None].cpu() > 0.5)
+            found.append(controller.read([torch.tensor(sample.prompt_ids)], route).half().float().cpu())
+    return torch.cat(found, 1)
 
 
 def rank_group(
@@ -379,6 +394,12 @@ def train(
         means = [target[by_class == c].mean(0) for c in by_class.unique()]
         initialise_bias(router, torch.stack(means).mean(0).clamp(0.02, 0.98))
     if options.fit_steps:
+        # A probe's last tokens see a prompt's two ends, those of a prefill all of it: a router fitted to probes alone
+        # decides otherwise when it routes inline.
+        whole = random.Random(options.seed).sample(kept, min(options.inline_prompts, len(kept)))
+        read = inline_features(controller, [samples[i] for i in whole], target[whole], cost)
+        rows = kept + options.inline_weight * whole
+        features = torch.cat((pooled[:, kept].cpu(), *[read] * options.inline_weight), 1)
         with cost.phase("fit"):
             fit_config = TrainConfig(
                 objective="damage",
@@ -392,7 +413,7 @@ def train(
                 seed=options.seed,
                 logging_steps=50,
             )
-            data = FeatureDataset(pooled[:, kept], target[kept], class_index([samples[i] for i in kept]))
+            data = FeatureDataset(features, target[rows], class_index([samples[i] for i in rows]))
             trainer = RouterTrainer(controller, fit_config, data, log_dir / "fit", report_to=report_to, progress=False)
             trainer.train()
             log["fit"] = trainer.state.log_history

@@ -178,6 +178,24 @@ def test_routes_are_the_unfused_ones(family, source):
     assert 0 < routes[0].sparsity.mean() < 1 and torch.equal(routes[0].use_full, routes[1].use_full)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@torch.no_grad()
+def test_reading_is_what_an_inline_router_sees(family):
+    """Under the route that it decides on, whole prompts of several lengths together; a probe sees something else."""
+    model, prompts = biased(make_model(family)), make_prompts(*LENGTHS)
+    for fuse in (False, True) if family in FUSABLE else (False,):
+        controller = attach(model, replace(CONFIG, router_input="inline"), fuse=fuse)
+        opinionated(controller)
+        ids, mask = left_pad(prompts)
+        logits_of(model, ids, mask)
+        route = controller.last_route
+        assert route is not None and 0 < route.sparsity.mean() < 1
+        found = controller.router.p_full(controller.read(prompts, route))
+        torch.testing.assert_close(found, route.p_full, rtol=0, atol=1e-4)
+        assert (controller.router.p_full(controller.probe(prompts)) - route.p_full).abs().max() > 1e-3
+        detach(model)
+
+
 @torch.no_grad()
 def test_captured_outputs_are_the_models():
     """transformers leaves its capturing hooks on a model; hidden states are right, and layers stay fused."""

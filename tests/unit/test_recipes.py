@@ -49,7 +49,14 @@ def test_recipes_run(tmp_path, name):
 def test_the_smollm2_recipe_runs(tmp_path):
     backbone, _ = save_all(tmp_path)
     places = {name: tmp_path / name for name in ("out", "results", "card", "features")} | {"backbone": backbone}
-    sizes = {"fit-prompts": 24, "fit-steps": 4, "fit-batch": 8, "search-samples": 2, "search-lengths": 1500}
+    sizes = {
+        "fit-prompts": 24,
+        "fit-steps": 4,
+        "fit-batch": 8,
+        "inline-prompts": 2,
+        "search-samples": 2,
+        "search-lengths": 1500,
+    }
     sizes |= {"measurements": 8, "search-batch": 8, "gate-steps": 1, "gate-batch": 2, "gate-lengths": 1500}
     sizes |= {"eval-samples": 1, "eval-length": 1500, "workers": 1, "static-shares": 0.5}
     options = [part for key, value in {**places, **sizes}.items() for part in (f"--{key}", str(value))]

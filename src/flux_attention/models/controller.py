@@ -26,7 +26,7 @@ from flux_attention.models.fuse import Fusion
 from flux_attention.models.layout import Layout
 from flux_attention.models.pooling import LayerPooling
 from flux_attention.models.prefill import LayerPrefill
-from flux_attention.models.probe import ProbeGraphs, pooled_ends
+from flux_attention.models.probe import ProbeGraphs, pooled_ends, pooled_prompts
 from flux_attention.models.ranks import HeadRanks
 from flux_attention.models.step import SoftRouting, Step, host_decisions
 from flux_attention.modes import Mode, make_mode
@@ -198,6 +198,14 @@ class FluxAttention:
         the cost does not grow with the prompt, and the route is known before prefill starts.
         """
         return pooled_ends(self, prompts, by_head)
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[Tensor], route: Route) -> Tensor:
+        """Every layer's pooled query of whole prompts `[n]` under `route [L, S]`, float32 `[L, S, D]`.
+
+        What a router that routes inline sees, if `route` is what it decides. Costs a prefill without the last layer.
+        """
+        return pooled_prompts(self, prompts, route)
 
     @contextmanager
     def stepping(self, cache: FluxCache, layout: Layout) -> Iterator[None]:

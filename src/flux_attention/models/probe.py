@@ -43,6 +43,14 @@ def pooled_ends(controller: FluxAttention, prompts: Sequence[Tensor], by_head: b
     return controller.ranks.cat(found, 2) if by_head else controller.ranks.mean(found.sum(2))
 
 
+def pooled_prompts(controller: FluxAttention, prompts: Sequence[Tensor], route: Route) -> Tensor:
+    """Every layer's pooled query `[L, S, D]` of whole prompts `[n]` under `route`; see `FluxAttention.read`."""
+    ids = nn.utils.rnn.pad_sequence([p.to(controller.device) for p in prompts], batch_first=True)
+    step = _step(controller, [p.numel() for p in prompts], ids.shape[1])
+    step.route, step.impl = route, None
+    return controller.ranks.mean(_run(controller, ids, step).sum(2))
+
+
 def _ends(controller: FluxAttention, prompt: Tensor) -> Tensor:
     """First and last `pool_tokens` tokens of a prompt, side by side."""
     pool = controller.config.pool_tokens
