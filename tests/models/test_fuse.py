@@ -110,6 +110,10 @@ def test_a_probe_takes_keys_and_values_in_one_product(family, monkeypatch):
     assert all(adjacent()) and probe() == layers - 1
     model.model.layers[1].self_attn.v_proj.weight.data = model.model.layers[1].self_attn.v_proj.weight.data.clone()
     assert probe() == layers - 2
+    # Whole prompts are read as a prefill runs.
+    products.clear()
+    controller.read(prompts, mixed_route(layers, len(prompts)))
+    assert products.count(wide) == 0
     detach(model)
     assert not any(adjacent())
 

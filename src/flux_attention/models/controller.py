@@ -425,8 +425,9 @@ class FluxAttention:
 
     @property
     def probing(self) -> bool:
-        """Whether the current pass is a probe."""
-        return self._step is not None and self._step.collect
+        """Whether the current pass is over prompts' ends alone, a few hundred tokens; reading them whole is not."""
+        step = self._step
+        return step is not None and step.collect and step.layout.columns <= 2 * self.config.pool_tokens
 
     @property
     def decodes(self) -> bool:

@@ -138,8 +138,10 @@ class LayerPooling:
     @contextmanager
     def _beside(self, step: Step, tokens: Tensor) -> Iterator[None]:
         """Run what is inside beside the layer's own projections: on CUDA, on a stream of its own."""
+        # What runs beside a probe is held until it is done: too much, where whole prompts are read.
+        whole = step.collect and not self._controller.probing
         # Layers on several devices, and ranks that exchange, keep one order of everything.
-        if not (tokens.is_cuda and self.beside) or self._controller.is_split:
+        if not (tokens.is_cuda and self.beside) or self._controller.is_split or whole:
             yield
             return
         if self._side is None:

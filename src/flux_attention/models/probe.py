@@ -102,11 +102,7 @@ class ProbeGraphs:
         if len(prompts) > _MOST or any(p.numel() < columns for p in prompts):
             return None
         # Another router or other kernels make another graph.
-        key = (
-            len(prompts),
-            controller.impl,
-            *(p.data_ptr() for p in controller.router.parameters()),
-        )
+        key = (len(prompts), controller.impl, *(p.data_ptr() for p in controller.router.parameters()))
         if key not in self._graphs:
             if not self._can_capture():
                 return None
@@ -141,8 +137,7 @@ class ProbeGraphs:
             pooled = found.sum(2, keepdim=True)
             shares.copy_(controller.router.from_parts(pooled).softmax(-1), non_blocking=True)
 
-        graph = capture(run, controller.device, warm_up=2)
-        return _Replay(ids, graph, shares, step, controller.device)
+        return _Replay(ids, capture(run, controller.device, warm_up=2), shares, step, controller.device)
 
 
 @dataclass(frozen=True)
