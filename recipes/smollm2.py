@@ -120,7 +120,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--target-samples", type=int, default=16, help="samples a task that targets such as 98%% are found on")
     add("--target-lengths", type=int, nargs="+", default=[4096, 8000], help="tokens of them")
     add("--search-batch", type=int, default=16, help="measurements between two looks at what they say")
-    add("--softness", type=float, default=0.2, help="of the targets around the budget, in ranks")
+    add(
+        "--softness",
+        type=float,
+        nargs="+",
+        default=[0.2, 4.0],
+        help="of the targets around the budget, in ranks: a small one decides, a large one keeps the order for a dial",
+    )
     add("--retrieval-weight", type=float, default=6.0, help="what a retrieval prompt counts, another one counts 1")
     add("--fit-steps", type=int, default=800)
     add("--fit-batch", type=int, default=256)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flux_attention.route import Dial, Route
 from flux_attention.router import LayerRouter
 from flux_attention.training.damage import (
     budget_targets,
@@ -94,6 +95,48 @@ def test_budget_targets_are_exact_and_ordered():
     assert (targets < 0.5).sum(1).tolist() == [0, 3, 5, 7, 9, 10]
     assert torch.equal(targets.argsort(1), scores.argsort(1))
     assert ((targets > 0) & (targets < 1)).all()
+    both = budget_targets(scores, sparsity, softness=(0.2, 4.0))
+    step, slope = (budget_targets(scores, sparsity, softness) for softness in (0.2, 4.0))
+    torch.testing.assert_close(both, (step + slope) / 2)
+    assert (both < 0.5).sum(1).tolist() == [0, 3, 5, 7, 9, 10]
+    assert torch.equal(both.argsort(1), scores.argsort(1))
+    for nothing in (0.0, (0.2, 0.0), ()):
+        with pytest.raises(ValueError, match="softness must be positive"):
+            budget_targets(scores, sparsity, nothing)
+
+
+def layers_under_a_dial(softness):
+    """Two kinds of prompts with rankings of their own are learned at Ω .75; the share of layers that a dial of other
+    Ω then takes as their rankings do, and the share of open decisions as the budget wants them."""
+    torch.manual_seed(0)
+    layers, dim, kinds = 16, 8, torch.arange(200) % 2
+    scores = torch.stack([torch.randperm(layers), torch.randperm(layers)]).float()[kinds]
+    pooled = torch.randn(200, layers, dim) + 3.0 * kinds[:, None, None]
+    target = budget_targets(scores, 0.75, softness)
+    router = LayerRouter(layers, dim)
+    router.fit_input_scale(pooled.transpose(0, 1))
+    objective = DamageObjective(router)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=3e-3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        objective(pooled, target, kinds)["loss"].backward()
+        optimizer.step()
+    p_full = router.p_full(pooled.transpose(0, 1))
+    shares = []
+    for sparse in (4, 8, 14):
+        omega = sparse / layers
+        use_full = Route.from_scores(p_full).with_dial(Dial(omega, omega)).use_full.T
+        assert ((~use_full).sum(1) == sparse).all()
+        shares.append((use_full == (scores >= sparse)).float().mean())
+    return torch.stack(shares).mean(), ((p_full.T > 0.5) == (scores >= 12)).float().mean()
+
+
+def test_a_gentle_slope_teaches_the_order_that_a_dial_needs():
+    dialled, decided = layers_under_a_dial((0.2, 4.0))
+    assert dialled > 0.93
+    assert decided > 0.99
+    # A step alone leaves the order to chance: what this is measured against.
+    assert layers_under_a_dial(0.2)[0] < dialled - 0.05
 
 
 def test_rankings():

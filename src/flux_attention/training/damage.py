@@ -363,20 +363,22 @@ def _ranks(scores: Tensor) -> Tensor:
     return torch.argsort(torch.argsort(scores, dim=-1, stable=True), dim=-1)
 
 
-def budget_targets(scores: Tensor, sparsity: Tensor | float, softness: float = 1.0) -> Tensor:
+def budget_targets(scores: Tensor, sparsity: Tensor | float, softness: float | Sequence[float] = 1.0) -> Tensor:
     """Soft targets of `p_full`: the least needed layers below 0.5, exactly as many as the budget asks for.
 
-    A layer's target is the sigmoid of its distance in ranks to the boundary over `softness`, so `p_full` also learns
-    the order that a sparsity dial moves layers in.
+    A layer's target is the sigmoid of its distance in ranks to the boundary over `softness`; of several, their mean.
+    A small one makes the decision sharp but says nothing of the order away from the boundary, a large one teaches the
+    order, in which a sparsity dial moves layers; so a router that will be dialled wants one of each.
 
     Args:
         scores: `[n, L]`, larger = more needed.
         sparsity: Ω, one or `[n]`.
-        softness: in ranks, > 0.
+        softness: in ranks, one or several, each > 0.
     """
-    if softness <= 0:
+    widths = (softness,) if isinstance(softness, int | float) else tuple(softness)
+    if not widths or min(widths) <= 0:
         raise ValueError(f"softness must be positive, got {softness!r}")
     layers = scores.shape[-1]
     rank = _ranks(scores).float()
     sparse = torch.round(torch.as_tensor(sparsity, dtype=torch.float32) * layers).reshape(-1, 1)
-    return torch.sigmoid((rank - sparse + 0.5) / softness)
+    return torch.stack([torch.sigmoid((rank - sparse + 0.5) / width) for width in widths]).mean(0)

@@ -114,7 +114,10 @@ def _falling(values: Sequence[float]) -> list[float]:
 
 
 def group_targets(
-    samples: Sequence[Sample], groups: Sequence[Group], rankings: Mapping[str, Sequence[int]], softness: float
+    samples: Sequence[Sample],
+    groups: Sequence[Group],
+    rankings: Mapping[str, Sequence[int]],
+    softness: float | Sequence[float],
 ) -> Tensor:
     """Target `p_full [n, L]`: each sample's layers by the ranking of its group, cut at the group's Ω.
 
