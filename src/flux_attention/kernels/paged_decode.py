@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flux_attention.kernels.capture import capture
@@ -58,9 +59,10 @@ def paged_decode_sdpa(
             continue
         index = page_table[s, : -(-n // page)]
         k, v = _rows(k_pages, index, n), _rows(v_pages, index, n)
-        # For one query two matrix products beat the fused kernel. [Hk, G, D] @ [Hk, D, n]
-        scores = torch.matmul(q[s].view(hk, hq // hk, dim) * scale, k.permute(1, 2, 0))
-        out[s] = torch.matmul(scores.softmax(-1), v.transpose(0, 1)).view(hq, dim)
+        # The heads of a group as queries of one head: keys are read once a group, which `enable_gqa` does not do.
+        grouped = q[s].view(1, hk, hq // hk, dim)
+        found = F.scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)
+        out[s] = found.reshape(hq, dim)
     return out
 
 
