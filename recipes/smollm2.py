@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -269,6 +270,15 @@ def inline_features(controller: FluxAttention, samples: list[Sample], target: Te
     return torch.cat(found, 1)
 
 
+def spread_over_tasks(rows: Sequence[int], samples: Sequence[Sample], count: int, seed: int) -> list[int]:
+    """`count` of the rows, drawn, as many of each task as there are: a group of many tasks is not left with few."""
+    of_task: dict[str, list[int]] = {}
+    for i in random.Random(seed).sample(rows, len(rows)):
+        of_task.setdefault(samples[i].task, []).append(i)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*of_task.values()))
+    return [i for i in turns if i is not None][:count]
+
+
 def rank_group(
     controller: FluxAttention, group: Group, samples: list[Sample], options: argparse.Namespace
 ) -> tuple[LayerCosts, dict[str, int]]:
@@ -402,7 +412,7 @@ def train(
     if options.fit_steps:
         # A probe's last tokens see a prompt's two ends, those of a prefill all of it: a router fitted to probes alone
         # decides otherwise when it routes inline.
-        whole = random.Random(options.seed).sample(kept, min(options.inline_prompts, len(kept)))
+        whole = spread_over_tasks(kept, samples, options.inline_prompts, options.seed)
         read = inline_features(controller, [samples[i] for i in whole], target[whole], cost)
         rows = kept + options.inline_weight * whole
         features = torch.cat((pooled[:, kept].cpu(), *[read] * options.inline_weight), 1)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +46,19 @@ def test_recipes_run(tmp_path, name):
     # 13 M tokens or fewer: a router needs no more.
     ranks = 8 // plan.scale.sequence_parallel if "8gpu" in name else 1
     assert plan.scale.steps * plan.scale.accumulation * plan.scale.pack_tokens * ranks <= 20e6
+
+
+def test_prompts_read_whole_are_spread_over_tasks():
+    spread = load("smollm2").spread_over_tasks
+    samples = [SimpleNamespace(task="many" if i % 10 else ("few", "rare")[i % 20 == 0]) for i in range(100)]
+    rows = list(range(1, 100))
+    found = spread(rows, samples, 9, seed=0)
+    assert Counter(samples[i].task for i in found) == {"many": 3, "few": 3, "rare": 3}
+    assert len(set(found)) == 9 and set(found) <= set(rows)
+    assert spread(rows, samples, 9, seed=0) == found != spread(rows, samples, 9, seed=1)
+    # Tasks that run out leave their places to the others; all rows are the most there are.
+    assert Counter(samples[i].task for i in spread(rows, samples, 20, seed=0)) == {"many": 11, "few": 5, "rare": 4}
+    assert sorted(spread(rows, samples, 1000, seed=0)) == rows
 
 
 def test_the_smollm2_recipe_runs(tmp_path):
