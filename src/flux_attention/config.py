@@ -112,6 +112,8 @@ class FluxConfig:
             `block_tokens`.
         block_tokens: block of the sparse pattern and page of the cache.
         pool_tokens: tokens at each end of the prompt that the router averages.
+        tail_tokens: the last so many of them make half of that average, at most `pool_tokens`; 0 = all count alike, as
+            in the paper. What a user asks is a dozen tokens at the end of a prompt.
         router_input: "probe" routes before prefill from the two ends of the prompt alone, "inline" while prefilling.
         triangle_tokens: last queries of the prompt that attend densely in the triangle mode.
         xattention_stride: stride of the antidiagonal scores; divides `block_tokens`.
@@ -129,6 +131,7 @@ class FluxConfig:
     window_tokens: int = 2048
     block_tokens: int = 128
     pool_tokens: int = 100
+    tail_tokens: int = 0
     router_input: RouterInput = "probe"
     triangle_tokens: int = 128
     xattention_stride: int = 16
@@ -144,6 +147,9 @@ class FluxConfig:
         _check_choice(self, "router_input", ROUTER_INPUTS)
         for field in ("block_tokens", "pool_tokens", "triangle_tokens", "xattention_stride"):
             _check_positive_int(self, field)
+        tail = self.tail_tokens
+        if isinstance(tail, bool) or not isinstance(tail, int) or not 0 <= tail <= self.pool_tokens:
+            raise _refuse(self, "tail_tokens", f"an integer from 0 to pool_tokens ({self.pool_tokens})", tail)
         for field in ("sink_tokens", "window_tokens"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % self.block_tokens:
@@ -182,6 +188,8 @@ class FluxConfig:
             raise ValueError(
                 f"FluxConfig format_version must be {FORMAT_VERSION}, got {version!r}: update flux-attention"
             )
+        # Adapters of before this field average all tokens alike.
+        data = {"tail_tokens": 0, **data} if isinstance(data, Mapping) else data
         _check_keys("FluxConfig", data, {field.name for field in fields(cls)} | {"format_version"})
         values = {key: value for key, value in data.items() if key != "format_version"}
         if values["backbone"] is not None:

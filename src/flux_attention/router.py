@@ -39,6 +39,7 @@ class PoolPlan:
         lengths: Sequence[int],
         pool_tokens: int,
         *,
+        tail_tokens: int = 0,
         past: Sequence[int] | None = None,
         totals: Sequence[int] | None = None,
         device: torch.device | str | None = None,
@@ -47,7 +48,8 @@ class PoolPlan:
 
         A chunk of a longer prompt also gives `past` (its tokens seen before) and `totals` (the prompt's length):
         each chunk then pools only its own part, and the parts add up to the pooled query of the whole prompt.
-        A prompt shorter than `2·pool_tokens` counts the overlap of prefix and suffix twice.
+        A prompt shorter than `2·pool_tokens` counts the overlap of prefix and suffix twice. With `tail_tokens`, at
+        most `pool_tokens`, the last so many tokens are half of the mean, and both ends, these included, the other.
         """
         past = [0] * len(starts) if past is None else past
         totals = [p + n for p, n in zip(past, lengths, strict=True)] if totals is None else totals
@@ -58,9 +60,12 @@ class PoolPlan:
                 raise ValueError(f"cannot pool an empty prompt (total length {total})")
             n = min(pool_tokens, total)
             wanted = (*range(n), *range(total - n, total))
-            here = [start + t - before for t in wanted if before <= t < before + length]
-            rows.append(here)
-            weights.append([1.0 / (2 * n)] * len(here))
+            shares = [1.0 / (2 * n)] * len(wanted)
+            if tail := min(tail_tokens, n):
+                shares = [share / 2 + (0.5 / tail if i >= 2 * n - tail else 0.0) for i, share in enumerate(shares)]
+            here = [i for i, t in enumerate(wanted) if before <= t < before + length]
+            rows.append([start + wanted[i] - before for i in here])
+            weights.append([shares[i] for i in here])
         width = max((len(r) for r in rows), default=0)
         index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long)
         weight = torch.tensor([w + [0.0] * (width - len(w)) for w in weights])
@@ -85,7 +90,7 @@ class PoolPlan:
 
 
 def pool_queries(queries: Tensor, plan: PoolPlan) -> Tensor:
-    """Mean of a prompt's first and last queries over tokens and heads.
+    """Mean of a prompt's first and last queries over tokens and heads, weighted as the plan says.
 
     Args:
         queries: `[N, H, D]` on the flat token axis, before RoPE and after q-norm where the model has one.

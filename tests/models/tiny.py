@@ -61,6 +61,7 @@ CONFIG = FluxConfig(
     window_tokens=32,
     block_tokens=16,
     pool_tokens=5,
+    tail_tokens=2,
     triangle_tokens=16,
     xattention_stride=4,
 )

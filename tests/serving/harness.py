@@ -36,7 +36,7 @@ ENVIRONMENT = {
 os.environ.update(ENVIRONMENT)
 
 TOLERANCE = 1e-3
-TINY_CONFIG = FluxConfig(sink_tokens=32, window_tokens=64, block_tokens=32, pool_tokens=8)
+TINY_CONFIG = FluxConfig(sink_tokens=32, window_tokens=64, block_tokens=32, pool_tokens=8, tail_tokens=3)
 
 
 @dataclass

@@ -157,7 +157,7 @@ BAD = [
     (["generate", "-p", "x", "--top-p", "0"], "--top-p in (0, 1]"),
     (["generate", "-p", "x" * 9000], "context"),
     (["route", "-p", "x" * 9000], "exceed the model's context of 8192"),
-    (["eval", "--suite", "guess"], "unknown suite 'guess'; known: needle, continuation, quick"),
+    (["eval", "--suite", "guess"], "unknown suite 'guess'; known: needle, continuation, free, quick"),
     (["eval", "--scoring", "guess"], "scoring must be one of auto, forced, generated"),
     (["eval", "-n", "1"], "n must be at least 2"),
     (["demo", "--length", "9000"], "context"),

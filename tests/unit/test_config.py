@@ -55,6 +55,8 @@ def test_defaults():
         ("block_tokens", 0, "a positive integer"),
         ("block_tokens", True, "a positive integer"),
         ("pool_tokens", 0, "a positive integer"),
+        ("tail_tokens", 101, r"an integer from 0 to pool_tokens \(100\)"),
+        ("tail_tokens", -1, "an integer from 0"),
         ("triangle_tokens", -1, "a positive integer"),
         ("xattention_stride", 0, "a positive integer"),
         ("xattention_stride", 24, "a divisor of block_tokens"),
@@ -119,3 +121,10 @@ def test_from_dict_names_the_keys():
         FluxConfig.from_dict({**data, "backbone": "llama"})
     with pytest.raises(ValueError, match=r"not valid JSON: .*line 1"):
         FluxConfig.from_json('{"format_version": 1,')
+
+
+def test_an_adapter_of_before_the_tail_averages_all_tokens_alike():
+    values = FluxConfig().to_dict()
+    del values["tail_tokens"]
+    assert FluxConfig.from_dict(values) == FluxConfig()
+    assert FluxConfig.from_dict({**values, "tail_tokens": 16}).tail_tokens == 16

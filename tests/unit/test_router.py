@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -15,17 +16,20 @@ def queries(length: int, seed: int) -> torch.Tensor:
     return torch.randn(length, HEADS, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def by_definition(q: torch.Tensor) -> torch.Tensor:
+def by_definition(q: torch.Tensor, tail: int = 0) -> torch.Tensor:
     n = min(POOL, q.shape[0])
-    return torch.cat((q[:n], q[q.shape[0] - n :])).double().mean((0, 1))
+    ends = torch.cat((q[:n], q[q.shape[0] - n :])).double().mean((0, 1))
+    return (ends + q[-tail:].double().mean((0, 1))) / 2 if tail else ends
 
 
-def test_plain_padded_and_packed_agree_with_the_definition():
+@pytest.mark.parametrize("tail", [0, 1, 3, POOL])
+def test_plain_padded_and_packed_agree_with_the_definition(tail):
     rows = [queries(n, seed) for seed, n in enumerate(LENGTHS)]
-    expected = torch.stack([by_definition(q) for q in rows]).float()
+    expected = torch.stack([by_definition(q, tail) for q in rows]).float()
     width = max(LENGTHS) + 3
+    plan = functools.partial(PoolPlan.build, pool_tokens=POOL, tail_tokens=tail)
 
-    packed = pool_queries(torch.cat(rows), PoolPlan.build([0, *itertools.accumulate(LENGTHS[:-1])], LENGTHS, POOL))
+    packed = pool_queries(torch.cat(rows), plan([0, *itertools.accumulate(LENGTHS[:-1])], LENGTHS))
     assert torch.allclose(packed, expected, atol=1e-6)
     for side in ("left", "right"):
         # Poisoned padding: NaN anywhere in it would show.
@@ -37,21 +41,22 @@ def test_plain_padded_and_packed_agree_with_the_definition():
             starts.append(i * width + start)
         # Padded slots of the plan itself have weight 0 and index 0, which must hold a number.
         batch[0, 0] = batch[0, 0].nan_to_num(0.0)
-        padded = pool_queries(batch.flatten(0, 1), PoolPlan.build(starts, LENGTHS, POOL))
+        padded = pool_queries(batch.flatten(0, 1), plan(starts, LENGTHS))
         assert torch.allclose(padded, expected, atol=1e-6)
     for q, want in zip(rows, expected, strict=True):
-        assert torch.allclose(pool_queries(q, PoolPlan.build([0], [len(q)], POOL))[0], want, atol=1e-6)
+        assert torch.allclose(pool_queries(q, plan([0], [len(q)]))[0], want, atol=1e-6)
 
 
+@pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64])
-def test_chunks_add_up(chunk):
+def test_chunks_add_up(chunk, tail):
     for seed, n in enumerate(LENGTHS):
         q, total = queries(n, seed), torch.zeros(1, DIM)
         for start in range(0, n, chunk):
             part = q[start : start + chunk]
-            plan = PoolPlan.build([0], [len(part)], POOL, past=[start], totals=[n])
+            plan = PoolPlan.build([0], [len(part)], POOL, tail_tokens=tail, past=[start], totals=[n])
             total += pool_queries(part, plan)
-        assert torch.allclose(total[0], by_definition(q).float(), atol=1e-6)
+        assert torch.allclose(total[0], by_definition(q, tail).float(), atol=1e-6)
 
 
 def test_pooling_accumulates_in_fp32():

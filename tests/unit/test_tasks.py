@@ -16,10 +16,12 @@ from flux_attention.data import (
     get_task,
     make_sample,
     make_samples,
+    styles,
     training_tasks,
+    wordings,
 )
 from flux_attention.data.prompt import Draft, encode, fit
-from flux_attention.data.tasks import ALIASES, MathProblems, Needle
+from flux_attention.data.tasks import ALIASES, MathProblems, Needle, open_prompts
 from flux_attention.data.tasks.niah import TRAIN_PHRASINGS
 
 LENGTH = 1200
@@ -326,3 +328,37 @@ def test_every_phrasing_of_an_interview_asks_for_all_its_needles(tokenizer):
         assert all(value in answer and value in tokenizer.decode(sample.prompt_ids) for value in sample.answers)
         assert "{" not in answer
     assert len(seen) == len(TRAIN_PHRASINGS)
+
+
+def test_free_wordings_are_many_and_keep_tests_apart():
+    rng = random.Random(0)
+    facts = [wordings.fact(rng) for _ in range(2000)]
+    requests = {wordings.request(rng) for _ in range(2000)}
+    assert len({f.question for f in facts}) > 1500 and len(requests) > 1200
+    assert all(f.answer in f.sentence and f.answer not in f.question for f in facts)
+    counting = {wordings.counting(rng, "words", 10) for _ in range(500)}
+    assert len(counting) > 400
+    tested = {q.lower() for _, _, questions in open_prompts._FACTS_TEST for q in questions}
+    tested |= {r.lower() for r in (*open_prompts._FREE_REQUESTS_TEST, *open_prompts._REQUESTS_TEST)}
+    trained = "\n".join([*(f.question for f in facts), *requests]).lower()
+    assert not [wording for wording in tested if wording in trained]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_restyled_documents_keep_every_word(seed):
+    rng = random.Random(seed)
+    pieces = [f"Sentence {i} says that {'very ' * rng.randint(0, 12)}long lines are broken." for i in range(30)]
+    text = styles.restyle(rng, pieces, 7)
+    assert pieces[7] in text
+    marks = re.compile(r"(?m)^[#> ]+")
+    plain = " ".join(marks.sub("", text).split())
+    places = [plain.index(" ".join(piece.split())) for piece in pieces]
+    assert places == sorted(places)
+
+
+def test_the_packages_texts_are_for_tests_alone():
+    found = corpus.documents("readmes", "test")
+    assert {"torch", "transformers"} <= {document.name for document in found}
+    assert all(len(document.text) > 1000 for document in found)
+    with pytest.raises(ValueError, match="holds no 'train' document"):
+        corpus.documents("readmes", "train")

@@ -6,19 +6,21 @@ Families (`SOURCES`):
 * `docstrings`: prose of module, class and function docstrings of the standard library, one document per module.
 * `code`: the modules' source.
 * `filler`, `ruler_filler`: repeated short sentences; the second is RULER's noise.
+* `readmes`: descriptions and licences of the packages that this one needs, as they are; for tests alone.
 
 A document belongs to "train" or "test" by a hash of its name. `docstrings` and `code` share the names of their
 modules, so a test docstring never occurs in training code. Training haystacks come from `topics`, `code` and `filler`;
-test haystacks from `docstrings` and `ruler_filler`: another family, and other documents.
+test haystacks from `docstrings`, `ruler_filler` and `readmes`: other families, and other documents.
 
-The texts are those of the running Python. Between minor versions they differ a little, which is why results
-should record `fingerprint()`.
+The texts are those of the running Python and of what is installed. Between versions they differ a little, which is why
+results should record `fingerprint()`.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import json
 import platform
 import random
@@ -134,6 +136,45 @@ def _topics(split: str) -> tuple[Document, ...]:
     return tuple(documents)
 
 
+#: Packages that torch and transformers bring along everywhere, and whose description is a document.
+_PACKAGES = [
+    "fsspec",
+    "huggingface_hub",
+    "jinja2",
+    "networkx",
+    "numpy",
+    "regex",
+    "sympy",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+]
+
+
+def _description(package: importlib.metadata.Distribution) -> str:
+    """What stands behind the headers of a package's metadata."""
+    return (package.read_text("METADATA") or "").partition("\n\n")[2]
+
+
+@lru_cache(maxsize=1)
+def _readmes() -> tuple[Document, ...]:
+    found = []
+    for name in _PACKAGES:
+        try:
+            package = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.append(Document(name, _description(package)))
+        for file in package.files or []:
+            if ".dist-info" in str(file) and file.name.upper().startswith(("LICENSE", "LICENCE")):
+                path = Path(str(file.locate()))
+                if path.is_file():
+                    found.append(Document(f"{name}:{file.name}", path.read_text(encoding="utf-8", errors="ignore")))
+                break
+    return tuple(Document(d.name, d.text.strip() + "\n") for d in found if len(d.text) > 1000)
+
+
 def _fillers(texts: tuple[str, ...]) -> tuple[Document, ...]:
     return tuple(Document(f"filler{i}", text * 50) for i, text in enumerate(texts))
 
@@ -144,6 +185,7 @@ SOURCES: dict[str, Callable[[str], tuple[Document, ...]]] = {
     "code": _code,
     "filler": lambda split: _fillers(_FILLER),
     "ruler_filler": lambda split: _fillers(_RULER_FILLER),
+    "readmes": lambda split: _readmes() if split == "test" else (),
 }
 
 

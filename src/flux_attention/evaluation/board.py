@@ -423,7 +423,7 @@ def cell_weights(cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, float]:
 
 def _without_router(config: FluxConfig) -> FluxConfig:
     """What is left of a configuration when the route is given."""
-    return replace(config, router_input="probe", full_bias=0.0, pool_tokens=1)
+    return replace(config, router_input="probe", full_bias=0.0, pool_tokens=1, tail_tokens=0)
 
 
 @cache
@@ -439,7 +439,9 @@ def code_digest() -> str:
 
 def adapter_digest(adapter: Adapter) -> str:
     """Of the router's weights and its pooling; where they lie does not matter."""
-    found = hashlib.sha256(str(adapter.config.pool_tokens).encode())
+    config = adapter.config
+    pooled = f"{config.pool_tokens} {config.tail_tokens}" if config.tail_tokens else str(config.pool_tokens)
+    found = hashlib.sha256(pooled.encode())
     for name in sorted(adapter.state):
         found.update(name.encode() + adapter.state[name].float().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -53,6 +53,7 @@ SUITES = {
             ("docstring_continuation", "code_completion"),
             "kv_bytes_holistic_6k_vs_dense",
         ),
+        Suite("free", ("free_question", "free_request"), (4096,), 200),
         Suite("quick", ("needle1", "needle4", "docstring_continuation", "fewshot_topic"), (1536,), 4),
     )
 }
@@ -208,7 +209,11 @@ def _figures(
     dense: Mapping[tuple[str, int], list[Record]],
     shares: Sequence[float],
 ) -> list[Figure]:
-    make: Callable[..., list[Figure]] = {"needle": _needle, "continuation": _continuation}.get(suite.name, _quick)
+    make: Callable[..., list[Figure]] = {
+        "needle": _needle,
+        "continuation": _continuation,
+        "free": _free,
+    }.get(suite.name, _quick)
     figures = make(routed, dense)
     if shares:
         figures.append(Figure.of(suite.kv_figure, bootstrap_mean(shares), "ratio"))
@@ -260,6 +265,24 @@ def _continuation(routed: Cells, dense: Cells) -> list[Figure]:
     figures.append(Figure.of("continuation_4k_nll_vs_dense", paired_ratio(ours, theirs), "ratio"))
     figures.append(Figure.of("continuation_4k_nll_dense", bootstrap_mean(theirs), "nat"))
     return [*figures, _sparsity("continuation_4k_sparsity", routed)]
+
+
+def _free(routed: Cells, dense: Cells) -> list[Figure]:
+    """Does the router hear what is asked, and what does it cost the answers?"""
+    figures = []
+    for (task, length), records in routed.items():
+        name, reference = f"{task}_{length // 1024}k", dense[task, length]
+        figures.append(_sparsity(f"{name}_sparsity", {(task, length): records}))
+        if _scores(records):
+            figures.append(Figure.of(f"{name}_accuracy", accuracy(records), "share"))
+            figures.append(Figure.of(f"{name}_accuracy_dense", accuracy(reference), "share"))
+            if sum(_scores(reference)):
+                ratio = paired_ratio(_scores(records), _scores(reference))
+                figures.append(Figure.of(f"{name}_vs_dense", ratio, "ratio"))
+        else:
+            ratio = paired_ratio(_losses(records), _losses(reference))
+            figures.append(Figure.of(f"{name}_nll_vs_dense", ratio, "ratio"))
+    return figures
 
 
 def _quick(routed: Cells, dense: Cells) -> list[Figure]:

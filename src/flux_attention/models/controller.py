@@ -383,7 +383,10 @@ class FluxAttention:
     def _plan(self, layout: Layout, device: torch.device) -> PoolPlan:
         # In training the answer follows the prompt in the same row; only the prompt is pooled.
         lengths = self._prompt_counts(layout)
-        return PoolPlan.build(layout.flat_starts, lengths, self.config.pool_tokens, device=device)
+        config = self.config
+        return PoolPlan.build(
+            layout.flat_starts, lengths, config.pool_tokens, tail_tokens=config.tail_tokens, device=device
+        )
 
     def _prompt_counts(self, layout: Layout) -> tuple[int, ...]:
         if self._prompt_tokens is None:

@@ -63,8 +63,9 @@ def _step(controller: FluxAttention, lengths: Sequence[int], columns: int) -> St
     layout = Layout(rows, columns, tuple(range(rows)), (0,) * rows, tuple(lengths), (0,) * rows)
     step = Step(layout, None, Route.full(len(controller.layers), rows), collect=True, prompt_ends=layout.ends)
     # Every token of a probe is pooled: one weight per token, the overlap of short prompts included.
+    config = controller.config
     step.pool_plan = PoolPlan.build(
-        layout.flat_starts, lengths, controller.config.pool_tokens, device=controller.device
+        layout.flat_starts, lengths, config.pool_tokens, tail_tokens=config.tail_tokens, device=controller.device
     )
     # Rows this short gain nothing from other kernels, and these can be captured in a graph.
     step.impl = "sdpa" if controller.impl == "auto" else None

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flux_attention.config import FluxConfig
 from flux_attention.router import PoolPlan
 from flux_attention.serving.bundles import Bundles
 from flux_attention.serving.options import ROUTE_KEY, Deployment
@@ -102,10 +103,11 @@ class InlineRouting:
         probe: whose router and layers are used.
         batch: the routes to fill in.
         runner: vLLM's model runner.
+        config: says what is pooled.
     """
 
-    def __init__(self, probe: Probe, batch: BatchRoutes, runner: Any, pool_tokens: int) -> None:
-        self._router, self._batch, self._runner, self._pool = probe.router, batch, runner, pool_tokens
+    def __init__(self, probe: Probe, batch: BatchRoutes, runner: Any, config: FluxConfig) -> None:
+        self._router, self._batch, self._runner, self._config = probe.router, batch, runner, config
         self._layers = len(probe.attention)
         self._plan: PoolPlan | None = None
         self._scores: dict[str, list[float]] = {}
@@ -119,7 +121,10 @@ class InlineRouting:
             starts = self._runner.query_start_loc.cpu
             lengths = [self._runner.requests[name].num_prompt_tokens for _, name in undecided]
             rows = [int(starts[row]) for row, _ in undecided]
-            self._plan = PoolPlan.build(rows, lengths, self._pool, device=queries.device)
+            config = self._config
+            self._plan = PoolPlan.build(
+                rows, lengths, config.pool_tokens, tail_tokens=config.tail_tokens, device=queries.device
+            )
             self._scores = {name: [] for _, name in undecided}
         assert self._plan is not None
         pooled = mean_over_ranks(self._plan.mean(self._plan.gather(queries)))

@@ -89,7 +89,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, vllm_config: Any, deployment: Deployment, device: torch.device) -> None:
         self._model, self._vllm_config, self._device = model, vllm_config, device
-        self._pool = deployment.config.pool_tokens
+        self._pool, self._tail = deployment.config.pool_tokens, deployment.config.tail_tokens
         decoder = model.model.layers  # type: ignore[union-attr]
         self.attention = [decoder[index].self_attn for index in deployment.decoder_layers]  # type: ignore[index,union-attr]
         self._names = [layer.self_attn.attn.layer_name for layer in decoder]  # type: ignore[union-attr]
@@ -111,7 +111,7 @@ class Probe:
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         return _Layout(
             torch.cat([torch.arange(n) for n in lengths]).to(self._device),
-            PoolPlan.build(starts, lengths, self._pool, device=self._device),
+            PoolPlan.build(starts, lengths, self._pool, tail_tokens=self._tail, device=self._device),
             dict.fromkeys(self._names, ProbeMetadata(Packing(tuple(lengths), tuple(lengths)))),
         )
 

@@ -58,7 +58,7 @@ class RoutedWorker(_Mixed):
         super().initialize_from_config(*args, **kwargs)
         self._batch = BatchRoutes(self.model_runner, self.flux, self._bundles, self.device)
         if self.flux.inline:
-            self._inline = InlineRouting(self._probe, self._batch, self.model_runner, self.flux.config.pool_tokens)
+            self._inline = InlineRouting(self._probe, self._batch, self.model_runner, self.flux.config)
         for groups in self.model_runner.attn_groups:
             for group in groups:
                 group.get_metadata_builder().flux = self._batch

@@ -40,7 +40,7 @@ def _prepare_suite(suite: Any, model: str, n: int | None, seed: int, folder: Pat
 
 
 def evaluate(
-    suite: Annotated[str, typer.Option("--suite", "-s", help="needle, continuation or quick.")] = "quick",
+    suite: Annotated[str, typer.Option("--suite", "-s", help="needle, continuation, free or quick.")] = "quick",
     model: Model = SMOLLM2,
     adapter: AdapterOption = None,
     n: Annotated[int | None, typer.Option("--n", "-n", help="Samples per task; by default the suite's.")] = None,

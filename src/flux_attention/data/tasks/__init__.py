@@ -19,7 +19,7 @@ from flux_attention.data.tasks.kv_lookup import KeyValueLookup
 from flux_attention.data.tasks.math_problems import MathProblems
 from flux_attention.data.tasks.module_summary import ModuleSummary
 from flux_attention.data.tasks.niah import Needle
-from flux_attention.data.tasks.open_prompts import OpenQuestion, OpenRequest
+from flux_attention.data.tasks.open_prompts import FREE_QUESTION, FREE_REQUEST, OpenFact, OpenQuestion, OpenRequest
 from flux_attention.data.tasks.passages import PassageCount, PassageRetrieval
 from flux_attention.data.tasks.row_qa import RowQA
 from flux_attention.data.tasks.variable_tracking import VariableTracking
@@ -61,7 +61,10 @@ _BUILT_IN: tuple[Task, ...] = (
     Continuation(name="prose_second_half", source="topics", test_source="topics", answer_share=0.5),
     ModuleSummary(name="module_summary"),
     OpenQuestion(name="open_question"),
+    OpenFact(name="open_fact"),
     OpenRequest(name="open_request"),
+    FREE_QUESTION,
+    FREE_REQUEST,
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _BUILT_IN}
@@ -138,6 +141,7 @@ __all__ = [
     "ModuleSummary",
     "Needle",
     "NeedleInterview",
+    "OpenFact",
     "OpenQuestion",
     "OpenRequest",
     "PassageCount",

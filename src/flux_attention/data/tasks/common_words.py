@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flux_attention.data.prompt import Draft
 from flux_attention.data.sample import HOLISTIC
 from flux_attention.data.tasks.base import TextTask, choose
+from flux_attention.data.wordings import counting
 from flux_attention.data.words import ADJECTIVES, NOUNS
 
 _TEST = (
@@ -23,40 +24,11 @@ _TEST = (
         "The {count} words repeated most are:",
     ),
 )
-_TRAIN = (
-    (
-        "Go through this list of words and notice repetitions.",
-        "Name the {count} words that occur most often.",
-        "The {count} most frequent words are:",
-    ),
-    (
-        "The following list holds words, some of them many times.",
-        "Give the {count} commonest words of the list.",
-        "The {count} commonest words are:",
-    ),
-)
 _ITEMS_TEST = (
     (
         "These {items} were written down one after the other.",
         "Which {count} {items} were written down most?",
         "Written down most:",
-    ),
-)
-_ITEMS_TRAIN = (
-    (
-        "Count how often each of these {items} comes up.",
-        "Which {count} {items} come up most often? Only name them.",
-        "Most often come up:",
-    ),
-    (
-        "Here are {items} in no order, many of them repeated.",
-        "List the {count} {items} with the most occurrences, without an explanation.",
-        "The {count} {items} with the most occurrences are:",
-    ),
-    (
-        "What follows is a log of {items}. Keep a tally.",
-        "By the tally, what are the {count} most frequent {items} above?",
-        "By the tally, the {count} most frequent {items} are:",
     ),
 )
 
@@ -98,8 +70,11 @@ class CommonWords(TextTask):
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         words = self.items == "words"
-        phrasings = (_TRAIN, _TEST) if words else (_ITEMS_TRAIN, _ITEMS_TEST)
-        (intro, question, prefix), index = choose(rng, split, *phrasings)
+        if split == "train":
+            intro, question, prefix = counting(rng, self.items, self.common)
+        else:
+            parts, _ = choose(rng, split, (), _TEST if words else _ITEMS_TEST)
+            intro, question, prefix = (part.format(count=self.common, items=self.items) for part in parts)
         pool = list(NOUNS + ADJECTIVES)
         if not words:
             pool = (_numbers if self.items == "numbers" else _codes)(rng, len(pool))
@@ -113,11 +88,5 @@ class CommonWords(TextTask):
         listed += [rare[i // each % len(rare)] for i in range(rest)]
         rng.shuffle(listed)
         text = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1)) if words else " ".join(listed)
-        fields = {"count": str(self.common), "items": self.items}
-        meta = {"phrasing": index, "words": size, "common_times": times}
-        return Draft(
-            "\n".join((intro.format(**fields), text, question.format(**fields))),
-            prefix.format(**fields),
-            tuple(common),
-            meta=meta,
-        )
+        user = "\n".join((intro, text, question)).strip()
+        return Draft(user, prefix, tuple(common), meta={"words": size, "common_times": times})

@@ -1,20 +1,23 @@
 """Prompts as people write them: a question about a detail, or a request about the whole text, in many wordings.
 
 The other tasks have few wordings each, and a router trained on them alone takes an unknown one for the class that it
-resembles by accident. Both tasks share texts, lengths and places of the instruction, so only what is asked tells them
-apart.
+resembles by accident. All tasks here share texts, their forms, lengths and places of the instruction, so only what is
+asked tells them apart. Training draws its wordings from `wordings`, tests have sentences written by hand.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import textwrap
 from dataclasses import dataclass
 
 from flux_attention.data.corpus import documents, haystack, joiner
 from flux_attention.data.prompt import Draft
 from flux_attention.data.sample import HOLISTIC
-from flux_attention.data.tasks.base import TextTask, choose
+from flux_attention.data.styles import restyle, wrap_document
+from flux_attention.data.tasks.base import TextTask, spread
+from flux_attention.data.wordings import Fact, fact, request, term_question
 
 _QUESTIONS_TEST = (
     "What does the text say about {term}?",
@@ -22,62 +25,85 @@ _QUESTIONS_TEST = (
     "Where does {term} come up? Give the exact sentence.",
     "I am looking for the part about {term}. What does it say?",
 )
-_QUESTIONS_TRAIN = (
-    "Which sentence mentions {term}?",
-    "According to the document, what about {term}?",
-    "Quote the passage on {term}.",
-    "Tell me what is written about {term}.",
-    "What is said concerning {term}?",
-    "Look up {term} in the text above.",
-    "Search the document for {term} and copy the sentence.",
-    "Does the text mention {term}? If so, how?",
-    "Answer from the text: what is {term}?",
-    "Explain {term} using only the text.",
-    "How is {term} described?",
-    "Give me the line with {term} in it.",
-    "Who or what is {term} in this document?",
-    "Using the material provided, state what it tells about {term}.",
-    "Question: what does the author write on {term}?",
-    "Please extract the statement about {term}.",
-    "One detail matters to me: {term}. What exactly does it say there?",
-    "Retrieve the information on {term}.",
-    "In what context does the word {term} appear?",
-    "Check the text for {term} and report what you find.",
-)
 _REQUESTS_TEST = (
     "Summarise the text.",
     "Give me a short overview of this document.",
     "What is this text mainly about?",
     "Write an introduction for the text above.",
 )
-_REQUESTS_TRAIN = (
-    "Write a summary.",
-    "Sum this up in a few sentences.",
-    "Condense the document into one paragraph.",
-    "What are the main points?",
-    "Describe the general subject of the text.",
-    "Give the gist.",
-    "Write an abstract for this document.",
-    "TL;DR",
-    "Explain to a beginner what this document covers.",
-    "What is the overall purpose of the text?",
-    "Draft an opening paragraph that prepares the reader for the text.",
-    "Which topic does the document treat? Answer in general terms.",
-    "Outline the content briefly.",
-    "Write a blurb for this document.",
-    "Characterise the document as a whole.",
-    "Give a high-level description.",
-    "Please provide an executive summary.",
-    "What would a reader learn from this text?",
-    "Restate the essence of the text in your own words.",
-    "Introduce the document to somebody who has not read it.",
+#: By hand and for tests alone: facts of the kind that users lose in their files, and how they ask for them.
+_FACTS_TEST = (
+    (
+        "The spare key for the boiler room hangs behind the blue fire extinguisher.",
+        "blue fire extinguisher",
+        ("where did we leave the spare boiler room key?", "I need the spare boiler room key, where does it hang?"),
+    ),
+    (
+        "Invoice 7741 was settled by Dorothea Blum on 3 May.",
+        "Dorothea Blum",
+        ("who settled invoice 7741", "Can you see from this who took care of invoice 7741?"),
+    ),
+    (
+        "The pass phrase of the backup archive is tangerine-48.",
+        "tangerine-48",
+        (
+            "I forgot the pass phrase of the backup archive, can you get it from this?",
+            "What pass phrase opens the backup archive?",
+        ),
+    ),
+    (
+        "Our flight home leaves from gate C27.",
+        "C27",
+        ("Which gate does our flight home leave from?", "we fly home later - which gate?"),
+    ),
+    (
+        "The reading on the second meter was 90316.",
+        "90316",
+        ("What was the reading on the second meter?", "Reading of the second meter, please."),
+    ),
+    (
+        "Rehearsals have been moved to Thursday at 18:45 in the gym.",
+        "18:45",
+        ("When do we rehearse now?", "At what hour on Thursday are the rehearsals?"),
+    ),
+    (
+        "Please send the signed lease to Osterweg 112.",
+        "Osterweg 112",
+        ("To which address do I send the signed lease?", "signed lease goes where?"),
+    ),
+    (
+        "The cat of the neighbours answers to the name Mortimer.",
+        "Mortimer",
+        ("What is the name of the neighbours' cat?", "The neighbours' cat, what do they call it?"),
+    ),
+)
+_FREE_REQUESTS_TEST = (
+    "Could you boil this down for me?",
+    "I have two minutes: what is in here?",
+    "Make a list of five takeaways.",
+    "Who would want to read this, and why?",
+    "Suggest a good title for it.",
+    "How would you describe the style?",
+    "What's this?",
+    "Please write a two-line description that I can put in our catalogue.",
+    "explain this to me like I'm twelve",
+    "Would you recommend reading it? Say what it offers.",
 )
 _PROSE = re.compile(r"[a-z]+ [a-z]+ [a-z]+")
 _TERM = re.compile(r"\b[A-Za-z][A-Za-z_.]{6,}[A-Za-z]\b")
 
 
-def _place(rng: random.Random, instruction: str, text: str) -> str:
+def _document(rng: random.Random, source: str, split: str, pieces: list[str], asked: int) -> str:
+    """The pieces as one text, in training mostly of another form than that of their source."""
+    if split == "train" and rng.random() < 0.7:
+        return restyle(rng, pieces, asked)
+    return ("\n" if source == "readmes" else joiner(source)).join(pieces)
+
+
+def _place(rng: random.Random, split: str, instruction: str, text: str) -> str:
     """The instruction behind the text, before it, or both."""
+    if split == "train":
+        text = wrap_document(rng, text)
     place = rng.random()
     if place < 0.6:
         return f"{text}\n\n{instruction}"
@@ -87,10 +113,14 @@ def _place(rng: random.Random, instruction: str, text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenQuestion(TextTask):
-    """A question about a term that one sentence of the text mentions; the answer is that sentence."""
+class OpenTask(TextTask):
+    """What the tasks of this file share.
 
-    metric: str = "f1"
+    Args:
+        sources: of training texts, drawn evenly.
+        test_source: of test texts.
+    """
+
     teacher_forced: bool = False
     sources: tuple[str, ...] = ("topics", "code")
     test_source: str = "docstrings"
@@ -98,10 +128,23 @@ class OpenQuestion(TextTask):
     def sizes(self, length: int) -> tuple[int, int]:
         return 400, max(400, 4 * (length - 200))
 
+    def source(self, rng: random.Random, split: str) -> str:
+        return self.test_source if split == "test" else rng.choice(self.sources)
+
+    def pieces(self, rng: random.Random, source: str, split: str, size: int) -> list[str]:
+        """Sentences or lines of a text of `size` characters."""
+        return [piece.strip() for piece in haystack(source, split, rng, size) if piece.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenQuestion(OpenTask):
+    """A question about a term that one sentence of the text mentions; the answer is that sentence."""
+
+    metric: str = "f1"
+
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
-        question, index = choose(rng, split, _QUESTIONS_TRAIN, _QUESTIONS_TEST)
-        source = self.test_source if split == "test" else rng.choice(self.sources)
-        pieces = [piece.strip() for piece in haystack(source, split, rng, size) if piece.strip()]
+        source = self.source(rng, split)
+        pieces = self.pieces(rng, source, split, size)
         text = joiner(source).join(pieces)
         # Asked about: a sentence, from a random one on, with a term that stands nowhere else.
         start = rng.randrange(len(pieces))
@@ -111,27 +154,53 @@ class OpenQuestion(TextTask):
                 break
         else:
             i, terms = start, [pieces[start][:40]]
-        user = _place(rng, question.format(term=f'"{rng.choice(terms)}"'), text)
-        meta = {"source": source, "phrasing": index, "depth": round(i / max(1, len(pieces) - 1), 3)}
+        term = rng.choice(terms)
+        question = (
+            term_question(rng, term) if split == "train" else rng.choice(_QUESTIONS_TEST).format(term=f'"{term}"')
+        )
+        user = _place(rng, split, question, _document(rng, source, split, pieces, i))
+        meta = {"source": source, "depth": round(i / max(1, len(pieces) - 1), 3)}
         return Draft(user, "", (pieces[i][:400],), meta=meta)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenRequest(TextTask):
-    """A request about a whole document that has lost its first paragraph; that paragraph is the answer."""
+class OpenFact(OpenTask):
+    """A question about a fact that a sentence somewhere in the text states; the answer is the value it gives."""
+
+    metric: str = "string_match_part"
+
+    def draft(self, rng: random.Random, size: int, split: str) -> Draft:
+        source = self.source(rng, split)
+        if split == "train":
+            hidden = fact(rng)
+        else:
+            sentence, answer, questions = rng.choice(_FACTS_TEST)
+            hidden = Fact(sentence, rng.choice(questions), answer)
+        pieces = self.pieces(rng, source, split, size)
+        (depth,) = spread(rng, pieces, [hidden.sentence])
+        text = _document(rng, source, split, pieces, pieces.index(hidden.sentence))
+        user = _place(rng, split, hidden.question, text)
+        return Draft(user, "", (hidden.answer,), meta={"source": source, "depth": depth})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRequest(OpenTask):
+    """A request about a whole document that has lost its first paragraph; that paragraph is the answer.
+
+    Args:
+        test_wordings: requests of the test split.
+    """
 
     task_class: str = HOLISTIC
     metric: str = "nll"
-    teacher_forced: bool = False
-    sources: tuple[str, ...] = ("topics", "code")
-    test_source: str = "docstrings"
+    test_wordings: tuple[str, ...] = _REQUESTS_TEST
 
     def sizes(self, length: int) -> tuple[int, int]:
-        return 600, max(600, 4 * (length - 150))
+        return 300, max(300, 4 * (length - 150))
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
-        request, index = choose(rng, split, _REQUESTS_TRAIN, _REQUESTS_TEST)
-        source = self.test_source if split == "test" else rng.choice(self.sources)
+        source = self.source(rng, split)
+        wording = request(rng) if split == "train" else rng.choice(self.test_wordings)
         found = documents(source, split)
         at = rng.randrange(len(found))
         name = found[at].name
@@ -142,5 +211,13 @@ class OpenRequest(TextTask):
         while len(text) < size:
             at = (at + 1) % len(found)
             text += "\n" + found[at].text
-        meta = {"source": source, "phrasing": index, "document": name}
-        return Draft(_place(rng, request, text[:size].strip()), "", (lines[lead][:600].strip() or name,), meta=meta)
+        text = text[:size].strip()
+        if split == "train" and rng.random() < 0.7:
+            # Lines of code are short: each as an entry of a log would be more log than code.
+            text = restyle(rng, textwrap.wrap(text, 160))
+        meta = {"source": source, "document": name}
+        return Draft(_place(rng, split, wording, text), "", (lines[lead][:600].strip() or name,), meta=meta)
+
+
+FREE_QUESTION = OpenFact(name="free_question", held_out=True, test_source="readmes")
+FREE_REQUEST = OpenRequest(name="free_request", held_out=True, test_source="readmes", test_wordings=_FREE_REQUESTS_TEST)
