@@ -120,9 +120,10 @@ def test_random_requests_and_aborts_leave_nothing(llm, tiny):
 
 
 def test_preemption_keeps_the_decision(start, tiny):
-    # Four layers, one group each: 640 + 90 tokens need 23 blocks a layer dense; several such requests do not fit.
+    # Four layers, one group each: 640 + 90 tokens need 23 blocks a layer dense; several such requests do not fit. The
+    # last one is preempted first, and dense ones, which grow, see to it that one is, whatever the router says.
     llm = start(tiny, max_num_batched_tokens=256, num_gpu_blocks_override=150, max_model_len=1024)
-    kinds = [(500, ""), (400, "dense"), (640, "static:1"), (350, ""), (300, "")]
+    kinds = [(400, "dense"), (640, "static:1"), (350, "dense"), (300, ""), (500, "")]
     asks = [
         Ask(tuple(random_ids(length, seed)), (("flux_policy", policy),) if policy else (), 90)
         for seed, (length, policy) in enumerate(kinds * 2)
