@@ -386,6 +386,21 @@ def test_a_board_without_all_static_splits_has_not_met_the_best():
     assert "board_margin_over_some_static_low" in names and "board_margin_over_best_static_low" not in names
 
 
+def test_what_adapters_do_otherwise_has_names_of_its_own_and_replaces_no_board():
+    run = made_run()
+    beside = [
+        (Entrant(name, family, {}), run.routers[0][1]) for name, family in (("dial 0.50", "dial"), ("A-1", "other"))
+    ]
+    whole = summarise(replace(run, others=[*run.others, *beside]))
+    curves = {f"board_{name}_{what}" for name in ("dial_0_50", "a_1") for what in ("macro", "sparsity")}
+    curves |= {"board_probe_minus_inline"}
+    assert {figure.name for figure in whole.curves} == curves
+    assert whole.recorded == ("board", whole.figures) and set(whole.curves) < set(whole.figures)
+    alone = summarise(replace(run, others=beside))
+    name, figures = alone.recorded
+    assert name == "board-curves" and {figure.name for figure in figures} == curves - {"board_probe_minus_inline"}
+
+
 def test_a_router_that_knows_better_than_static_wins():
     outcome = summarise(made_run())
     figures = {figure.name: figure for figure in outcome.figures}

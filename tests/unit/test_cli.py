@@ -161,6 +161,7 @@ BAD = [
     (["eval", "--scoring", "guess"], "scoring must be one of auto, forced, generated"),
     (["eval", "-n", "1"], "n must be at least 2"),
     (["demo", "--length", "9000"], "context"),
+    (["board", "--record", "--policies", "router,damage"], "--record keeps a board with every static choice"),
     (["demo", "--rounds", "0"], "--rounds must be at least 1"),
 ]
 

@@ -14,7 +14,7 @@ from flux_attention.cli.session import Bars, choose_device, choose_dtype, find_a
 from flux_attention.cli.terminal import print_table
 from flux_attention.evaluation.board import Board, run_board
 from flux_attention.evaluation.board_config import BoardConfig, prepare
-from flux_attention.evaluation.entrants import POLICIES
+from flux_attention.evaluation.entrants import POLICIES, STATIC
 from flux_attention.evaluation.metrics import Estimate
 from flux_attention.evaluation.pool import Pool, PoolModel, all_devices
 from flux_attention.evaluation.results import environment, write_json, write_results
@@ -44,6 +44,12 @@ def run(
 
     `folder/run.json` says where it was measured; a board that only reports needs no such device.
     """
+    whole = set(STATIC) <= set(config.policies)
+    if record and not (whole or config.dial or others or "inline" in config.policies):
+        raise ValueError(
+            f"--record keeps a board with every static choice ({', '.join(STATIC)}), or one with --dial, --other or "
+            "inline: this one has none of these"
+        )
     where = choose_device("cpu" if only_report else device)
     known = _measured(folder) if only_report else environment(where)
     kind = choose_dtype(known["dtype"] if only_report else dtype, where)
@@ -97,9 +103,8 @@ def run(
         save_png(plot, folder / f"{name}.png")
     notes.print(f"board: [bold]{folder / 'board.html'}[/bold]")
     if record:
-        written = write_results(
-            "board", outcome.figures, device=where, settings=settings, details=details, measured=known
-        )
+        name, kept = outcome.recorded
+        written = write_results(name, kept, device=where, settings=settings, details=details, measured=known)
         notes.print(f"figures: [bold]{written}[/bold]")
     return outcome
 

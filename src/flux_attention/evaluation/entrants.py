@@ -39,6 +39,8 @@ POLICIES: dict[str, str] = {
 WEAK = ("interleaved", "random", "inline", "sparse", "triangle", "xattention")
 #: Families that choose once for all prompts; the router has to beat the best of them, and of "searched" if it is there.
 STATIC = ("greedy-text", "damage", "greedy", "duo", "interleaved")
+#: Families that show what the adapters themselves do otherwise.
+CURVES = ("dial", "other")
 
 
 @dataclass(frozen=True)

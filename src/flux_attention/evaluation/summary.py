@@ -8,6 +8,7 @@ and both classes the same. Differences are paired sample by sample; intervals ar
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from flux_attention.data import HOLISTIC, RETRIEVAL, get_task
 from flux_attention.evaluation.board import BoardRun
-from flux_attention.evaluation.entrants import STATIC, Cell
+from flux_attention.evaluation.entrants import CURVES, STATIC, Cell
 from flux_attention.evaluation.metrics import (
     Estimate,
     bootstrap_mean,
@@ -73,14 +74,26 @@ class Summary:
         routes: task → share of its prompts in which each layer runs full, under the routers.
         omega: mean Ω of the routers.
         held: dial that they were under.
+        curves: those of the figures that say what adapters do otherwise: under the dial, trained otherwise, inline.
     """
 
     rows: tuple[Row, ...]
     figures: tuple[Figure, ...]
+    curves: tuple[Figure, ...]
     left_out: tuple[tuple[str, float], ...]
     routes: Mapping[str, tuple[float, ...]]
     omega: float
     held: Dial
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every static choice stood there: what a board says of the routers is only then said for good."""
+        return {row.family for row in self.rows if row.margin is not None} >= set(STATIC)
+
+    @property
+    def recorded(self) -> tuple[str, tuple[Figure, ...]]:
+        """Name and figures of the results file: those of a board without all static choices replace no whole one's."""
+        return ("board", self.figures) if self.is_complete else ("board-curves", self.curves)
 
 
 def name_of(cell: Cell) -> str:
@@ -171,10 +184,11 @@ def summarise(run: BoardRun) -> Summary:
     for entrant, records in run.others:
         scores = cell_scores(records, run.dense)
         rows.append(line(entrant.name, entrant.family, [records], scores, cell_losses(records), entrant.matched))
-    figures = _figures(run, rows, ours, reference, our_losses, dense_losses)
+    curves = _curves(run, rows)
+    figures = [*_figures(run, rows, ours, reference, our_losses, dense_losses), *curves]
     left_out = tuple((name_of(cell), value) for cell, value in run.left_out.items())
     routes = task_routes([r for _, r in run.routers])
-    return Summary(tuple(rows), tuple(figures), left_out, routes, run.omega, run.held)
+    return Summary(tuple(rows), tuple(figures), tuple(curves), left_out, routes, run.omega, run.held)
 
 
 def _mean(records: Records, field: str) -> float:
@@ -238,6 +252,16 @@ def _figures(
         )
     shares = [row.kv_share for _, records in run.routers for some in records.values() for row in some]
     figures.append(Figure.of("board_kv_vs_dense", bootstrap_mean(shares), "ratio"))
+    return figures
+
+
+def _curves(run: BoardRun, rows: Sequence[Row]) -> list[Figure]:
+    figures = []
+    for row in rows:
+        if row.family in CURVES:
+            name = "board_" + re.sub(r"[^a-z0-9]+", "_", row.name.lower())
+            figures.append(Figure.of(f"{name}_macro", row.macro, "share"))
+            figures.append(Figure(f"{name}_sparsity", row.sparsity, "share", row.macro.n))
     for entrant, records in run.others:
         if entrant.family == "inline":
             inline = cell_scores(records, run.dense)
