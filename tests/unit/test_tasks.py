@@ -335,10 +335,10 @@ def test_free_wordings_are_many_and_keep_tests_apart():
     facts = [wordings.fact(rng) for _ in range(2000)]
     requests = {wordings.request(rng) for _ in range(2000)}
     assert len({f.question for f in facts}) > 1500 and len(requests) > 1200
-    assert all(f.answer in f.sentence and f.answer not in f.question for f in facts)
+    assert len({f.sentence for f in facts}) > 1900
     counting = {wordings.counting(rng, "words", 10) for _ in range(500)}
     assert len(counting) > 400
-    tested = {q.lower() for _, _, questions in open_prompts._FACTS_TEST for q in questions}
+    tested = {q.lower() for _, questions in open_prompts._FACTS_TEST for q in questions}
     tested |= {r.lower() for r in (*open_prompts._FREE_REQUESTS_TEST, *open_prompts._REQUESTS_TEST)}
     trained = "\n".join([*(f.question for f in facts), *requests]).lower()
     assert not [wording for wording in tested if wording in trained]

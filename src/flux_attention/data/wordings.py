@@ -273,11 +273,10 @@ def counting(rng: random.Random, items: str, count: int) -> tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence that a document hides, a question that it alone answers, and the answer."""
+    """A sentence that a document hides, and a question that it alone answers."""
 
     sentence: str
     question: str
-    answer: str
 
 
 def fact(rng: random.Random) -> Fact:
@@ -286,11 +285,10 @@ def fact(rng: random.Random) -> Fact:
     thing = f"{rng.choice(words.ADJECTIVES)} {noun}"
     person = f"{rng.choice(words.NAMES)} {rng.choice(words.SURNAMES)}"
     kind = rng.choice(_FACTS)
-    answer = kind.value(rng)
     fields = {"thing": thing, "noun": noun, "person": person, "city": rng.choice(words.CITIES)}
-    sentence = rng.choice(kind.sentences).format(**fields, value=answer)
+    sentence = rng.choice(kind.sentences).format(**fields, value=kind.value(rng))
     question = _between(rng, rng.choice(kind.questions).format(**fields), _QUESTION_CLOSERS)
-    return Fact(sentence[0].upper() + sentence[1:], question, answer)
+    return Fact(sentence[0].upper() + sentence[1:], question)
 
 
 @dataclass(frozen=True)

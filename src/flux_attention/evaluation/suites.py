@@ -268,20 +268,18 @@ def _continuation(routed: Cells, dense: Cells) -> list[Figure]:
 
 
 def _free(routed: Cells, dense: Cells) -> list[Figure]:
-    """Does the router hear what is asked, and what does it cost the answers?"""
+    """Does the router hear what is asked, and what does that cost the answers?"""
     figures = []
     for (task, length), records in routed.items():
         name, reference = f"{task}_{length // 1024}k", dense[task, length]
         figures.append(_sparsity(f"{name}_sparsity", {(task, length): records}))
-        if _scores(records):
-            figures.append(Figure.of(f"{name}_accuracy", accuracy(records), "share"))
-            figures.append(Figure.of(f"{name}_accuracy_dense", accuracy(reference), "share"))
-            if sum(_scores(reference)):
-                ratio = paired_ratio(_scores(records), _scores(reference))
-                figures.append(Figure.of(f"{name}_vs_dense", ratio, "ratio"))
-        else:
+        if _losses(records):
             ratio = paired_ratio(_losses(records), _losses(reference))
             figures.append(Figure.of(f"{name}_nll_vs_dense", ratio, "ratio"))
+            figures.append(Figure.of(f"{name}_nll_dense", bootstrap_mean(_losses(reference)), "nat"))
+        else:  # with --scoring generated
+            figures.append(Figure.of(f"{name}_f1", accuracy(records), "share"))
+            figures.append(Figure.of(f"{name}_f1_dense", accuracy(reference), "share"))
     return figures
 
 

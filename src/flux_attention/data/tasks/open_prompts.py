@@ -35,17 +35,14 @@ _REQUESTS_TEST = (
 _FACTS_TEST = (
     (
         "The spare key for the boiler room hangs behind the blue fire extinguisher.",
-        "blue fire extinguisher",
         ("where did we leave the spare boiler room key?", "I need the spare boiler room key, where does it hang?"),
     ),
     (
         "Invoice 7741 was settled by Dorothea Blum on 3 May.",
-        "Dorothea Blum",
         ("who settled invoice 7741", "Can you see from this who took care of invoice 7741?"),
     ),
     (
         "The pass phrase of the backup archive is tangerine-48.",
-        "tangerine-48",
         (
             "I forgot the pass phrase of the backup archive, can you get it from this?",
             "What pass phrase opens the backup archive?",
@@ -53,27 +50,22 @@ _FACTS_TEST = (
     ),
     (
         "Our flight home leaves from gate C27.",
-        "C27",
         ("Which gate does our flight home leave from?", "we fly home later - which gate?"),
     ),
     (
         "The reading on the second meter was 90316.",
-        "90316",
         ("What was the reading on the second meter?", "Reading of the second meter, please."),
     ),
     (
         "Rehearsals have been moved to Thursday at 18:45 in the gym.",
-        "18:45",
         ("When do we rehearse now?", "At what hour on Thursday are the rehearsals?"),
     ),
     (
         "Please send the signed lease to Osterweg 112.",
-        "Osterweg 112",
         ("To which address do I send the signed lease?", "signed lease goes where?"),
     ),
     (
         "The cat of the neighbours answers to the name Mortimer.",
-        "Mortimer",
         ("What is the name of the neighbours' cat?", "The neighbours' cat, what do they call it?"),
     ),
 )
@@ -165,22 +157,26 @@ class OpenQuestion(OpenTask):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenFact(OpenTask):
-    """A question about a fact that a sentence somewhere in the text states; the answer is the value it gives."""
+    """A question about a fact that one sentence of the text states; the answer is that sentence.
 
-    metric: str = "string_match_part"
+    Teacher-forced: small models seldom answer such a question of their own accord, and still find the sentence.
+    """
+
+    metric: str = "f1"
+    teacher_forced: bool = True
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         source = self.source(rng, split)
         if split == "train":
             hidden = fact(rng)
         else:
-            sentence, answer, questions = rng.choice(_FACTS_TEST)
-            hidden = Fact(sentence, rng.choice(questions), answer)
+            sentence, questions = rng.choice(_FACTS_TEST)
+            hidden = Fact(sentence, rng.choice(questions))
         pieces = self.pieces(rng, source, split, size)
         (depth,) = spread(rng, pieces, [hidden.sentence])
         text = _document(rng, source, split, pieces, pieces.index(hidden.sentence))
         user = _place(rng, split, hidden.question, text)
-        return Draft(user, "", (hidden.answer,), meta={"source": source, "depth": depth})
+        return Draft(user, "", (hidden.sentence,), meta={"source": source, "depth": depth})
 
 
 @dataclass(frozen=True, kw_only=True)
