@@ -273,13 +273,13 @@ def joiner(source: str) -> str:
     return "\n" if source == "code" else " "
 
 
-def fingerprint(sources: Iterable[str] = ("topics", "docstrings", "code")) -> dict[str, str]:
+def fingerprint(sources: Iterable[str] = ("topics", "docstrings", "code", "readmes")) -> dict[str, str]:
     """Python version and a hash of each family's texts, to tell whether two results used the same ones."""
     result = {"python": platform.python_version()}
     for source in sources:
         digest = hashlib.sha256()
         for split in SPLITS:
-            for document in documents(source, split):
+            for document in SOURCES[source](split):
                 digest.update(document.name.encode() + document.text.encode())
         result[source] = digest.hexdigest()[:12]
     return result
