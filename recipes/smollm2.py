@@ -136,7 +136,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=[0.2, 4.0],
         help="of the targets around the budget, in ranks: a small one decides, a large one keeps the order for a dial",
     )
-    add("--retrieval-weight", type=float, default=6.0, help="what a retrieval prompt counts, another one counts 1")
+    add("--retrieval-weight", type=float, default=4.0, help="what a retrieval prompt counts, another one counts 1")
     add("--fit-steps", type=int, default=800)
     add("--fit-batch", type=int, default=256)
     add("--fit-lr", type=float, default=1e-3)
