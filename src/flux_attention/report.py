@@ -276,6 +276,12 @@ README_TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("KV cache after a 6,000-token needle prompt, bytes vs dense", "kv_bytes_needle_6k_vs_dense"),
         ("KV cache after a 6,000-token holistic prompt, bytes vs dense", "kv_bytes_holistic_6k_vs_dense"),
     ),
+    "free": (
+        ("questions about one sentence: share of layers running sparse (Ω)", "free_question_4k_sparsity"),
+        ("… NLL of that sentence vs dense", "free_question_4k_nll_vs_dense"),
+        ("requests about the whole: share of layers running sparse (Ω)", "free_request_4k_sparsity"),
+        ("… NLL of the document's first paragraph vs dense", "free_request_4k_nll_vs_dense"),
+    ),
     "demo": (
         ("`flux-attn demo`, whole", "demo_seconds_installed"),
         ("… peak resident memory", "demo_peak_gb"),

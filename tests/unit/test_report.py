@@ -99,13 +99,16 @@ def test_readme_without_figures_says_so_and_unknown_tables_are_named():
         report.fill_readme("<!-- figures:x -->\n<!-- end -->", {})
 
 
-def test_the_projects_readme_is_up_to_date():
-    readme = Path(__file__).parents[2] / "README.md"
-    if not readme.is_file():
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*/*.md")))])
+def test_the_projects_tables_are_up_to_date(path):
+    if not (ROOT / path).is_file():
         pytest.skip("installed without the checkout")
-    text = readme.read_text(encoding="utf-8")
-    results = report.read_results(readme.parent / report.RESULTS)
-    assert report.fill_readme(text, results) == text, "run: python -m flux_attention.report readme"
+    text = (ROOT / path).read_text(encoding="utf-8")
+    results = report.read_results(ROOT / report.RESULTS)
+    assert report.fill_readme(text, results) == text, f"run: python -m flux_attention.report readme {path}"
 
 
 def test_usage_error(capsys):
