@@ -122,7 +122,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--measurements",
         type=int,
         nargs="+",
-        default=[1184, 448, 0, 288, 0, 688, 0],
+        default=[1168, 448, 0, 288, 0, 688, 0],
         help="passes with gradients, one or one a group",
     )
     add("--costs", type=Path, help="results of an earlier run: groups of its names are not searched again")
