@@ -49,7 +49,7 @@ from flux_attention.data.sample_set import Job, checksum, digest, prepared_jobs,
 from flux_attention.evaluation.results import environment, write_json
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
-from flux_attention.models.backbones import load_backbone
+from flux_attention.models.backbones import choose_dtype, load_backbone
 from flux_attention.models.controller import FluxAttention
 from flux_attention.route import Interleaved, Policy, Route, Static
 from flux_attention.training.card import compare, comparison_text, model_card
@@ -492,9 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     begun = time.perf_counter()
-    dtypes = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
-    dtype = dtypes.get(options.dtype) or getattr(torch, options.dtype)
-    model, tokenizer = load_backbone(options.backbone, dtype)
+    model, tokenizer = load_backbone(options.backbone, choose_dtype(options.dtype, device))
     # Before CUDA starts: samples are made by forked processes, and a forked CUDA context is unusable.
     made = prepared_jobs(options.samples, plan_jobs(options), tokenizer, workers=options.workers)
     if options.prepare:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flux_attention.cli.session import Bars, choose_device, choose_dtype, find_adapter, quiet
+from flux_attention.cli.session import Bars, choose_device, find_adapter, quiet
 from flux_attention.cli.terminal import print_table
 from flux_attention.evaluation.board import Board, run_board
 from flux_attention.evaluation.board_config import BoardConfig, prepare
@@ -20,7 +20,7 @@ from flux_attention.evaluation.pool import Pool, PoolModel, all_devices
 from flux_attention.evaluation.results import environment, write_json, write_results
 from flux_attention.evaluation.summary import Row, Summary, summarise
 from flux_attention.models.adapter import load_adapter
-from flux_attention.models.backbones import load_backbone
+from flux_attention.models.backbones import choose_dtype, load_backbone
 from flux_attention.report import Point, RouteRow, Section, Table, pareto, render, route_heat_map, save_png, svg
 
 

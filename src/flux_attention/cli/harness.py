@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from flux_attention.cli.session import choose_device, choose_dtype, find_adapter
+from flux_attention.cli.session import choose_device, find_adapter
 from flux_attention.models.adapter import load_adapter
 from flux_attention.models.attach import attach
-from flux_attention.models.backbones import load_backbone
+from flux_attention.models.backbones import choose_dtype, load_backbone
 from flux_attention.route import Dial, parse_policy
 
 try:

@@ -18,13 +18,11 @@ from flux_attention.data.prompt import chat_text, encode_text
 from flux_attention.models.adapter import Adapter, AdapterError, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.adapter import shipped_adapters as shipped
 from flux_attention.models.attach import attach
-from flux_attention.models.backbones import load_backbone
+from flux_attention.models.backbones import choose_dtype, load_backbone
 from flux_attention.models.controller import FluxAttention
 from flux_attention.models.families import family_of, routable_layers
 from flux_attention.report import RouteRow
 from flux_attention.route import Dial, Policy, Route, parse_policy
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -71,15 +69,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} is not available: this torch ({torch.__version__}) sees no CUDA device")
     return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; use auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def find_adapter(model: Any) -> Adapter:

@@ -52,11 +52,7 @@ def _blocks(rng: random.Random, pieces: Sequence[str], low: int, high: int) -> I
 
 
 def _title(rng: random.Random) -> str:
-    return f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}".capitalize()
-
-
-def _name(rng: random.Random) -> str:
-    return f"{rng.choice(words.NAMES)} {rng.choice(words.SURNAMES)}"
+    return words.thing(rng).capitalize()
 
 
 def _wrapped(rng: random.Random, pieces: Sequence[str]) -> str:
@@ -80,7 +76,7 @@ def _numbered(rng: random.Random, pieces: Sequence[str]) -> str:
 
 
 def _letters(rng: random.Random, pieces: Sequence[str]) -> str:
-    people = [_name(rng) for _ in range(3)]
+    people = [words.person(rng) for _ in range(3)]
     parts = []
     for block in _blocks(rng, pieces, 4, 14):
         sender, receiver = rng.sample(people, 2)

@@ -283,7 +283,7 @@ def fact(rng: random.Random) -> Fact:
     """A random fact about a made-up thing, asked for in one of many wordings."""
     noun = rng.choice(words.NOUNS)
     thing = f"{rng.choice(words.ADJECTIVES)} {noun}"
-    person = f"{rng.choice(words.NAMES)} {rng.choice(words.SURNAMES)}"
+    person = words.person(rng)
     kind = rng.choice(_FACTS)
     fields = {"thing": thing, "noun": noun, "person": person, "city": rng.choice(words.CITIES)}
     sentence = rng.choice(kind.sentences).format(**fields, value=kind.value(rng))
@@ -307,10 +307,6 @@ def _clock(rng: random.Random) -> str:
 
 def _day(rng: random.Random) -> str:
     return f"{rng.randint(1, 28)} {rng.choice(_MONTHS)}"
-
-
-def _name(rng: random.Random) -> str:
-    return f"{rng.choice(words.NAMES)} {rng.choice(words.SURNAMES)}"
 
 
 def _number(rng: random.Random) -> str:
@@ -351,7 +347,7 @@ _FACTS = (
         ),
     ),
     _Kind(
-        _name,
+        words.person,
         (
             "the {thing} belongs to {value}.",
             "{value} is responsible for the {thing}.",
@@ -446,7 +442,7 @@ _FACTS = (
         ),
     ),
     _Kind(
-        lambda rng: f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}",
+        words.thing,
         (
             "the nickname of {person} is {value}.",
             "{person} keeps a {value} on the desk.",

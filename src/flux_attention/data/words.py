@@ -85,6 +85,16 @@ JOBS = _words(
 )
 
 
+def person(rng: random.Random) -> str:
+    """A first and a last name."""
+    return f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}"
+
+
+def thing(rng: random.Random) -> str:
+    """`adjective noun`."""
+    return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+
+
 def keys(rng: random.Random, count: int) -> list[str]:
     """Distinct `adjective-noun` keys."""
     pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)

@@ -88,12 +88,16 @@ class Summary:
     @property
     def is_complete(self) -> bool:
         """Whether every static choice stood there: what a board says of the routers is only then said for good."""
-        return {row.family for row in self.rows if row.margin is not None} >= set(STATIC)
+        return _all_static(self.rows)
 
     @property
     def recorded(self) -> tuple[str, tuple[Figure, ...]]:
         """Name and figures of the results file: those of a board without all static choices replace no whole one's."""
         return ("board", self.figures) if self.is_complete else ("board-curves", self.curves)
+
+
+def _all_static(rows: Sequence[Row]) -> bool:
+    return {row.family for row in rows if row.margin is not None} >= set(STATIC)
 
 
 def name_of(cell: Cell) -> str:
@@ -236,8 +240,7 @@ def _figures(
         best = min(margins, key=lambda margin: margin.value)
         value, low, high = (100 * x for x in (best.value, best.low, best.high))
         # A board without all of them has not met the best one.
-        all_there = {row.family for row in rows if row.margin is not None} >= set(STATIC)
-        name = "board_margin_over_best_static" if all_there else "board_margin_over_some_static"
+        name = "board_margin_over_best_static" if _all_static(rows) else "board_margin_over_some_static"
         figures.append(Figure(name, value, "points", best.n, low, high))
         figures.append(Figure(f"{name}_low", low, "points", best.n))
     classes = {RETRIEVAL: [key for key in ours if class_of(key) == RETRIEVAL], HOLISTIC: holistic}

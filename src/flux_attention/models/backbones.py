@@ -27,6 +27,16 @@ SMOLLM2 = "smollm2"
 SMOLLM2_NAME = "smollm2-135m-instruct-q4_1"
 GEMMA3 = "gemma3-270m"
 GGUF_FILE = "smollm2.gguf"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on a GPU and float32 on a CPU. Raises ValueError for an unknown name."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.data import HOLISTIC, RETRIEVAL
 from flux_attention.models.adapter import load_adapter
 from flux_attention.models.attach import attach
-from flux_attention.models.backbones import load_backbone
+from flux_attention.models.backbones import choose_dtype, load_backbone
 from flux_attention.training.features import pooled_queries
 from flux_attention.training.parallel import end_together
 from flux_attention.training.scale import PackTrainer, ScaleConfig
@@ -188,8 +188,7 @@ def calibrate(controller: Any, samples: StoredSamples, count: int) -> None:
 
 def _load(plan: PackRun, device: torch.device) -> Any:
     if plan.quantize is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return load_backbone(plan.model, dtype=dtype, device=device)[0]
+        return load_backbone(plan.model, dtype=choose_dtype("auto", device), device=device)[0]
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:

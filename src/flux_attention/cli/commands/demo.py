@@ -30,9 +30,9 @@ def demo(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     with console.status("loading torch and the model"):
         from flux_attention.cli.demo import run_demo
-        from flux_attention.cli.session import choose_device, choose_dtype, find_adapter, quiet
+        from flux_attention.cli.session import choose_device, find_adapter, quiet
         from flux_attention.models.adapter import load_adapter
-        from flux_attention.models.backbones import load_backbone
+        from flux_attention.models.backbones import choose_dtype, load_backbone
 
         # Looked for first: loading the model only to miss the adapter would waste the user's time.
         loaded = None if adapter is None else load_adapter(adapter)

@@ -41,7 +41,7 @@ def train(
     dtype: DType = "auto",
 ) -> None:
     """Train a router for a frozen model, on your own rows, on built-in tasks, or on both."""
-    from flux_attention.cli.session import choose_device, choose_dtype, quiet
+    from flux_attention.cli.session import choose_device, quiet
     from flux_attention.config import FluxConfig
     from flux_attention.data import HOLISTIC, RETRIEVAL, make_sample
     from flux_attention.training.data import Mixture, MixtureDataset, RowFormat, samples_from_rows
@@ -75,7 +75,7 @@ def train(
         import torch
 
         from flux_attention.models.attach import attach
-        from flux_attention.models.backbones import load_backbone
+        from flux_attention.models.backbones import choose_dtype, load_backbone
 
         where = choose_device(device)
         quiet()
