@@ -19,9 +19,11 @@ from torch import Tensor
 from flux_attention.data import Sample
 from flux_attention.data.progress import Progress
 from flux_attention.data.sample_set import checksum, digest
+from flux_attention.evaluation.entrants import columns_of
 from flux_attention.evaluation.outcomes import read_settings
 from flux_attention.evaluation.results import write_json
 from flux_attention.models.controller import FluxAttention
+from flux_attention.route import Route
 from flux_attention.training.damage import DamageMeter, greedy_ranking, leave_one_out, static_ranking
 from flux_attention.training.heads import HeadTraining, head_router, pooled_heads, train_head_router, train_static_heads
 from flux_attention.training.trainer import compact_state
@@ -100,16 +102,28 @@ def head_scores(
     base: Mapping[str, Any],
     progress: Progress,
 ) -> dict[tuple[str, int], Tensor]:
-    """`p_full [L·Hk, n]` of every cell's prompts by an Elastic-style head router."""
+    """`p_full [L·Hk, n]` of every cell's prompts by an Elastic-style head router, trained unless its file is there."""
+    own = {**base, **_settings(samples, training)}
 
     def train() -> dict[str, Tensor]:
         return compact_state(train_head_router(controller, samples, training, progress))
 
-    state = _kept(folder / "heads-routed", {**base, **_settings(samples, training)}, train, controller)
-    router = head_router(controller)
-    router.load_state_dict(state)
-    with torch.no_grad():
-        return {cell: router.p_full(pooled_heads(controller, some)).cpu() for cell, some in cells.items()}
+    def score() -> dict[str, Tensor]:
+        router = head_router(controller)
+        router.load_state_dict(_kept(folder / "heads-routed", own, train, controller))
+        with torch.no_grad():
+            return {_name(cell): router.p_full(pooled_heads(controller, some)).cpu() for cell, some in cells.items()}
+
+    found = _kept(folder / "heads-routes", {**own, "prompts": _prompts(cells)}, score, controller)
+    return {cell: found[_name(cell)] for cell in cells}
+
+
+def _name(cell: tuple[str, int]) -> str:
+    return f"{cell[0]}@{cell[1]}"
+
+
+def _prompts(cells: Mapping[tuple[str, int], Sequence[Sample]]) -> str:
+    return digest({_name(cell): [checksum(sample) for sample in some] for cell, some in cells.items()})
 
 
 def _settings(samples: Sequence[Sample], training: HeadTraining) -> dict[str, Any]:
@@ -160,41 +174,49 @@ def router_scores(
     prompts: int = 64,
 ) -> dict[tuple[str, int], Tensor]:
     """`p_full [L, n]` of every cell by the controller's probe router; 1 where a prompt is too short to be routed."""
-    checksums = {f"{task}@{length}": [checksum(s) for s in some] for (task, length), some in cells.items()}
-    settings = {**base, "version": VERSION, "samples": digest(checksums)}
+    settings = {**base, "version": VERSION, "samples": _prompts(cells)}
 
     def make() -> dict[str, Tensor]:
         found = {}
         with controller.using(None), torch.no_grad():
-            for (task, length), some in cells.items():
+            for cell, some in cells.items():
                 parts = []
                 for start in range(0, len(some), prompts):
                     route = controller.route([torch.tensor(s.prompt_ids) for s in some[start : start + prompts]])
                     parts.append(route.use_full.float() if route.p_full is None else route.p_full)
-                found[f"{task}@{length}"] = torch.cat(parts, 1)
+                found[_name(cell)] = torch.cat(parts, 1)
         return found
 
     found = _kept(folder / "routes", settings, make, controller)
-    return {(task, length): found[f"{task}@{length}"] for task, length in cells}
+    return {cell: found[_name(cell)] for cell in cells}
 
 
-def inline_columns(
-    controller: FluxAttention, cells: Mapping[tuple[str, int], Sequence[Sample]], batch_tokens: int, progress: Progress
+def inline_routes(
+    controller: FluxAttention,
+    cells: Mapping[tuple[str, int], Sequence[Sample]],
+    folder: Path,
+    base: Mapping[str, Any],
+    *,
+    batch_tokens: int,
+    progress: Progress,
 ) -> dict[tuple[str, int], list[str]]:
-    """Routes that the controller's inline router finds while it reads the prompts whole."""
-    found: dict[tuple[str, int], list[str]] = {}
-    with controller.using(None), torch.no_grad():
-        for cell in progress(list(cells), len(cells), "inline routes"):
-            columns: list[str] = []
-            some = list(cells[cell])
-            size = max(1, batch_tokens // max(map(len, some)))
-            for start in range(0, len(some), size):
-                batch = some[start : start + size]
-                ids = torch.tensor([t for s in batch for t in s.prompt_ids], device=controller.device)[None]
-                positions = torch.cat([torch.arange(len(s.prompt_ids)) for s in batch]).to(ids.device)[None]
-                controller.decoder(input_ids=ids, position_ids=positions, use_cache=False)
-                route = controller.last_route
-                assert route is not None
-                columns += [route.column(s) for s in range(len(batch))]
-            found[cell] = columns
-    return found
+    """Routes that the controller's inline router finds while it reads the prompts whole, in characters."""
+
+    def read(some: Sequence[Sample]) -> Tensor:
+        size, parts = max(1, batch_tokens // max(map(len, some))), []
+        for start in range(0, len(some), size):
+            batch = some[start : start + size]
+            ids = torch.tensor([t for s in batch for t in s.prompt_ids], device=controller.device)[None]
+            positions = torch.cat([torch.arange(len(s.prompt_ids)) for s in batch]).to(ids.device)[None]
+            controller.decoder(input_ids=ids, position_ids=positions, use_cache=False)
+            route = controller.last_route
+            assert route is not None
+            parts.append(route.use_full)
+        return torch.cat(parts, 1)
+
+    def make() -> dict[str, Tensor]:
+        with controller.using(None), torch.no_grad():
+            return {_name(cell): read(cells[cell]) for cell in progress(list(cells), len(cells), "inline routes")}
+
+    found = _kept(folder / "routes-inline", {**base, "version": VERSION, "samples": _prompts(cells)}, make, controller)
+    return {cell: columns_of(Route(found[_name(cell)])) for cell in cells}

@@ -363,9 +363,17 @@ class Board:
 
     def _inline(self, few: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, list[str]]:
         adapter = self.adapters[0]
-        controller = self.attach(Adapter(replace(adapter.config, router_input="inline"), adapter.state, adapter.source))
+        adapter = Adapter(replace(adapter.config, router_input="inline"), adapter.state, adapter.source)
+        controller = self.attach(adapter)
         try:
-            return baselines.inline_columns(controller, few, self.config.batch_tokens, self.progress)
+            return baselines.inline_routes(
+                controller,
+                few,
+                self.folder,
+                {**self._base(adapter.config), "router": adapter_digest(adapter)},
+                batch_tokens=self.config.batch_tokens,
+                progress=self.progress,
+            )
         finally:
             detach(self.model)
 
