@@ -3,8 +3,8 @@
     python benchmarks/plots.py [--results benchmarks/results] [--out docs/figures]
 
 Draws what the files hold: prefill and decode speed against length and sparsity with the roofline beside them
-(`end_to_end.py --sections sweep`), and sparsity by layers against sparsity by heads (`head_level.py`). The newest file
-counts for every name.
+(`end_to_end.py --sections sweep`), sparsity by layers against sparsity by heads (`head_level.py`), and the layers that
+each task of a board needs (`flux-attn board --record`). The newest file counts for every name.
 """
 
 from __future__ import annotations
@@ -133,6 +133,20 @@ def head_level(figures: dict[str, tuple[float, str]], out: Path) -> list[Path]:
     return [save(figure, out / "head_level.svg")]
 
 
+def routes(results: Path, out: Path) -> list[Path]:
+    """Layers that run full, by task, of the newest board."""
+    from flux_attention.report import route_heat_map, save_image, task_routes
+
+    boards = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("board-*.json"))]
+    boards = [board for board in boards if board["program"] == "board"]
+    if not boards:
+        return []
+    newest = max(boards, key=lambda board: board["date"])
+    path = out / "routes.svg"
+    save_image(route_heat_map(task_routes(newest["details"]["routes"]), "share of prompts full"), path)
+    return [path]
+
+
 def token_axis(axes: Any, lengths: list[int]) -> None:
     """Lengths on a logarithmic axis, named as people do."""
     axes.set_xscale("log", base=2)
@@ -156,11 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     options = parser.parse_args(arguments)
     figures = newest(options.results)
-    made = sweep(figures, options.out) + head_level(figures, options.out)
+    made = sweep(figures, options.out) + head_level(figures, options.out) + routes(options.results, options.out)
     for path in made:
         print(path)
     if not made:
-        sys.exit(f"no results of a sweep or of head_level.py in {options.results}")
+        sys.exit(f"no results of a sweep, of head_level.py or of a board in {options.results}")
     return 0
 
 

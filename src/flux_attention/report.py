@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 import sys
 import zlib
@@ -109,6 +110,14 @@ def route_heat_map(rows: Sequence[RouteRow], label: str = "p(full)") -> Plot:
     return plot
 
 
+def task_routes(shares: Mapping[str, Sequence[float]]) -> list[RouteRow]:
+    """Rows of a heat map: of each task, the share of its prompts in which a layer runs full."""
+    return [
+        RouteRow(task, [share > 0.5 for share in some], some, omega=1 - sum(some) / len(some))
+        for task, some in shares.items()
+    ]
+
+
 def needle_map(cells: Mapping[tuple[int, float], Sequence[float]]) -> Plot:
     """Needle depth × context length, coloured by accuracy. `cells` maps (length, depth) to the scores found there."""
     if not cells:
@@ -153,11 +162,12 @@ def pareto(points: Sequence[Point], value: str) -> Plot:
     plot, axes = _axes(6.4, 3.8)
     palette = ("#4284a8", "#8a6fb0", "#6b9a4b", "#b8860b", "#888888", "#b05070", "#3a9d8f", "#7a6a55", "#5566cc")
     families = list(dict.fromkeys(point.family for point in points))
-    muted = iter(palette * (len(families) // len(palette) + 1))
+    # Beyond the colours there are markers: no two families look alike.
+    muted = itertools.cycle((color, marker) for marker in "os^D" for color in palette)
     for family in families:
         found = sorted((p for p in points if p.family == family), key=lambda p: p.sparsity)
         best = any(p.highlight for p in found)
-        color = "#e07a3e" if best else next(muted)
+        color, marker = ("#e07a3e", "o") if best else next(muted)
         bars = None
         if all(p.low is not None and p.high is not None for p in found):
             bars = [[p.value - (p.low or 0) for p in found], [(p.high or 0) - p.value for p in found]]
@@ -167,7 +177,7 @@ def pareto(points: Sequence[Point], value: str) -> Plot:
             yerr=bars,
             label=family,
             color=color,
-            marker="o",
+            marker=marker,
             markersize=6 if best else 4,
             linewidth=2.2 if best else 1.1,
             elinewidth=0.7,
@@ -199,8 +209,9 @@ def svg(plot: Plot, description: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description, quote=True)}"', 1)
 
 
-def save_png(plot: Plot, path: Path) -> None:
-    """The figure as PNG on white, for places that show no SVG."""
+def save_image(plot: Plot, path: Path) -> None:
+    """The figure on white, as SVG, PNG or whatever the file's name ends in; the same figure gives the same file."""
+    import matplotlib
     from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
@@ -211,7 +222,9 @@ def save_png(plot: Plot, path: Path) -> None:
             if isinstance(artist.get_color(), str) and artist.get_color() == _INK:
                 artist.set_color("#222222")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(path, dpi=160, facecolor="white")
+    undated = {"Date": None} if path.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        plot.savefig(path, dpi=160, facecolor="white", metadata=undated)
 
 
 # ---------------------------------------------------------------------------------------------------- page

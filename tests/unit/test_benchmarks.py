@@ -264,8 +264,15 @@ def test_plots_show_what_the_files_hold(tmp_path):
         (path,) = folder.glob("*.json")
         path.rename(results / f"{i}.json")
         folder.rmdir()
+    board = {"program": "board", "details": {"routes": {"needle": [1.0, 0.7, 0.1], "summary": [0.0, 0.2, 0.9]}}}
+    for name, date in (("board-old", "2026-01-01"), ("board-new", "2026-01-02")):
+        (results / f"{name}.json").write_text(json.dumps({**board, "device": "none", "date": date}))
+        board["details"]["routes"]["counting"] = [0.5, 0.5, 0.5]
     made = run("plots.py", "--results", str(results), "--out", str(out)).split()
-    assert [Path(path).name for path in made] == ["prefill.svg", "decode.svg", "head_level.svg"]
+    assert [Path(path).name for path in made] == ["prefill.svg", "decode.svg", "head_level.svg", "routes.svg"]
+    drawn = Path(made[-1]).read_text(encoding="utf-8")
+    run("plots.py", "--results", str(results), "--out", str(out))
+    assert "counting" in drawn and Path(made[-1]).read_text(encoding="utf-8") == drawn
     assert all("<svg" in Path(path).read_text(encoding="utf-8") for path in made)
 
 

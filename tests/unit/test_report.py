@@ -29,7 +29,7 @@ def test_a_figure_is_inline_svg_and_png(name, tmp_path):
     identifiers = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
     assert len(set(identifiers)) == len(identifiers) and all(i.startswith("f") for i in identifiers)
     assert drawing == report.svg(PLOTS[name](), "a <description>")
-    report.save_png(PLOTS[name](), tmp_path / "new" / "figure.png")
+    report.save_image(PLOTS[name](), tmp_path / "new" / "figure.png")
     assert (tmp_path / "new" / "figure.png").stat().st_size > 1000
 
 

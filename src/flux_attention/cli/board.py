@@ -21,7 +21,7 @@ from flux_attention.evaluation.results import environment, write_json, write_res
 from flux_attention.evaluation.summary import Row, Summary, summarise
 from flux_attention.models.adapter import load_adapter
 from flux_attention.models.backbones import choose_dtype, load_backbone
-from flux_attention.report import Point, RouteRow, Section, Table, pareto, render, route_heat_map, save_png, svg
+from flux_attention.report import Point, Section, Table, pareto, render, route_heat_map, save_image, svg, task_routes
 
 
 def run(
@@ -100,7 +100,7 @@ def run(
     (folder / "board.md").write_text(markdown(outcome, table), encoding="utf-8")
     (folder / "board.html").write_text(page(outcome, table, settings, known), encoding="utf-8")
     for name, plot in _plots(outcome).items():
-        save_png(plot, folder / f"{name}.png")
+        save_image(plot, folder / f"{name}.png")
     notes.print(f"board: [bold]{folder / 'board.html'}[/bold]")
     if record:
         name, kept = outcome.recorded
@@ -209,15 +209,8 @@ def _plots(outcome: Summary) -> dict[str, Any]:
             )
     return {
         "pareto": pareto(points, "macro score"),
-        "routes": route_heat_map(_routes(outcome), "share of prompts full"),
+        "routes": route_heat_map(task_routes(outcome.routes), "share of prompts full"),
     }
-
-
-def _routes(outcome: Summary) -> list[RouteRow]:
-    return [
-        RouteRow(task, [share > 0.5 for share in shares], shares, omega=1 - sum(shares) / len(shares))
-        for task, shares in outcome.routes.items()
-    ]
 
 
 def page(outcome: Summary, table: Table, settings: dict[str, Any], known: dict[str, Any]) -> str:

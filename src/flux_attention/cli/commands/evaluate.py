@@ -140,14 +140,14 @@ def evaluate(
         )
         notes.print(f"figures: [bold]{path}[/bold]")
     if figure is not None:
-        from flux_attention.report import needle_map, save_png
+        from flux_attention.report import needle_map, save_image
 
         cells: dict[tuple[int, float], list[float]] = {}
         for records in run.routed.values():
             for r in records:
                 if r.depth is not None and r.score is not None:
                     cells.setdefault((r.length, r.depth), []).append(r.score)
-        save_png(needle_map(cells), figure)
+        save_image(needle_map(cells), figure)
         notes.print(f"figure: {figure}")
 
 

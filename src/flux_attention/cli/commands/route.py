@@ -67,7 +67,7 @@ def route(
         short = session.controller.config.min_routed_tokens
         notes.print(f"[dim]prompts of at most {short:,} tokens gain nothing and stay dense[/dim]")
     if figure is not None:
-        from flux_attention.report import route_heat_map, save_png
+        from flux_attention.report import route_heat_map, save_image
 
-        save_png(route_heat_map(rows), figure)
+        save_image(route_heat_map(rows), figure)
         notes.print(f"figure: {figure}")
