@@ -20,7 +20,6 @@ from flux_attention.evaluation.board import BoardRun
 from flux_attention.evaluation.entrants import CURVES, STATIC, Cell
 from flux_attention.evaluation.metrics import (
     Estimate,
-    bootstrap_mean,
     macro_difference,
     macro_mean,
     macro_ratio,
@@ -253,8 +252,12 @@ def _figures(
         figures.append(
             Figure("board_class_sparsity_gap", float(np.mean(gaps)), "share", prompts, repetitions=tuple(gaps))
         )
-    shares = [row.kv_share for _, records in run.routers for some in records.values() for row in some]
-    figures.append(Figure.of("board_kv_vs_dense", bootstrap_mean(shares), "ratio"))
+    # Seeds share their prompts: a prompt counts once.
+    shares = {
+        name_of(cell): np.mean([[row.kv_share for row in records[cell]] for _, records in run.routers], axis=0)
+        for cell in run.dense
+    }
+    figures.append(Figure.of("board_kv_vs_dense", macro_mean(balanced(shares)), "ratio"))
     return figures
 
 
