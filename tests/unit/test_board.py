@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from flux_attention.cli import board as page
 from flux_attention.cli import main
@@ -29,10 +31,11 @@ from flux_attention.evaluation.outcomes import Outcome, OutcomeFile, Pair, batch
 from flux_attention.evaluation.pool import Pool, PoolModel, all_devices
 from flux_attention.evaluation.runner import Record, RunOptions, run_samples
 from flux_attention.evaluation.summary import cell_scores, summarise
-from flux_attention.models.adapter import Adapter
+from flux_attention.models.adapter import Adapter, save_adapter
 from flux_attention.models.attach import attach, detach
 from flux_attention.models.backbones import load_backbone
 from flux_attention.models.controller import FluxAttention
+from flux_attention.models.delta import BackboneDelta
 from flux_attention.route import AllSparse, Dense, Fixed, PolicyContext, Route, Static
 from flux_attention.training.heads import HeadTraining
 
@@ -119,7 +122,9 @@ def test_a_static_split_by_given_costs_is_an_entrant(model, adapter, tmp_path, a
     order = tuple(reversed(range(LAYERS)))
     config = replace(LIGHT, policies=("router", "searched"), searched=order)
     board = make_board(model, adapter, tmp_path, config)
-    (found,) = board.baselines(board.samples.test.cells, 1 / LAYERS)
+    cells = board.samples.test.cells
+    router = Entrant("router", "router", {cell: ["0" + "1" * (LAYERS - 1)] * len(some) for cell, some in cells.items()})
+    (found,) = board.baselines(cells, [router])
     assert (found.family, found.matched) == ("searched", True)
     assert {column for columns in found.columns.values() for column in columns} == {"1" * (LAYERS - 1) + "0"}
     with pytest.raises(ValueError, match="come together"):
@@ -441,9 +446,12 @@ def test_whole_board_runs_and_repeats(model, adapter, tmp_path, monkeypatch, any
     }  # fmt: skip
     matched = [row.sparsity for row in first.rows if row.family in ("damage", "greedy-text", "greedy")]
     assert matched == pytest.approx([first.omega] * 3, abs=0.01)
-    # Routes by KV head have no cache to generate with.
-    duo = next(row for row in first.rows if row.family == "duo")
-    assert "frequent_words@900" not in duo.cells and len(duo.cells) == 3
+    # Routes by KV head have no cache to generate with, and stand at the routers' Ω on the other tasks.
+    own = {cell: some for cell, some in board.samples.test.cells.items() if cell[0] != "frequent_words"}
+    for family in ("duo", "elastic"):
+        row = next(row for row in first.rows if row.family == family)
+        assert "frequent_words@900" not in row.cells and len(row.cells) == 3
+        assert row.sparsity == pytest.approx(boards.routers_omega(board.routers(own), own), abs=0.02)
     assert set(first.routes) == set(config.tasks)
     calls = counted(monkeypatch)
     # Nobody decides anew what the files hold: another device's rounding would decide otherwise here and there.
@@ -489,6 +497,37 @@ def test_routers_under_a_dial(model, adapter, tmp_path):
     assert len(list(tmp_path.glob("routes-*.safetensors"))) == 1
     outcome = summarise(run_board(held))
     assert outcome.omega == 0.75 and "held between 0.7 and 0.8" in page.markdown(outcome, page.summary(outcome.rows))
+
+
+def test_adapters_that_change_the_backbone_have_no_board(model, adapter, tmp_path):
+    delta = BackboneDelta.write(tmp_path, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="replaces weights of the backbone"):
+        make_board(model, replace(adapter, delta=delta), tmp_path)
+
+
+def test_results_are_named_by_the_code_that_scores(tmp_path):
+    for folder in ("kernels", "evaluation"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "kernels" / "dense.py").write_text("1")
+    (tmp_path / "evaluation" / "runner.py").write_text("1")
+    names = ("kernels", "evaluation/runner.py")
+    first = boards.files_digest(tmp_path, names)
+    assert first == boards.files_digest(tmp_path, names)
+    (tmp_path / "evaluation" / "runner.py").write_text("2")
+    assert boards.files_digest(tmp_path, names) != first
+    assert len(boards.code_digest()) == 16
+
+
+def test_what_would_share_a_name_is_refused(adapter, tmp_path):
+    with pytest.raises(ValueError, match="told apart by two digits"):
+        replace(LIGHT, dial=(0.5, 0.504))
+    others = [str(tmp_path / place / "adapter") for place in ("a", "b")]
+    for place in others:
+        save_adapter(place, adapter.config, adapter.state)
+    console = Console(quiet=True)
+    run = partial(page.run, LIGHT, "none", [], tmp_path, others=others, commit=None, console=console, notes=console)
+    with pytest.raises(ValueError, match="names of their folders"):
+        run(only_prepare=True, only_report=False, device="cpu", dtype="auto", record=False)
 
 
 def test_probe_routes_are_the_routers(model, adapter, tmp_path):

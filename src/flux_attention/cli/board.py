@@ -56,7 +56,10 @@ def run(
     if commit is not None:
         known["commit"] = commit
     loaded = [load_adapter(name) for name in adapters]
-    further = {Path(name).name: load_adapter(name) for name in others}
+    names = [Path(name).name for name in others]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--other adapters are known by the names of their folders, got {', '.join(names)}")
+    further = {name: load_adapter(place) for name, place in zip(names, others, strict=True)}
     quiet()
     with notes.status("loading"):
         # Samples are made by forked processes, so the model stays off the GPU until they are there.

@@ -79,6 +79,12 @@ class Board:
     ) -> None:
         if not adapters:
             raise ValueError("a board needs at least one adapter")
+        changed = [a.source for a in (*adapters, *(others or {}).values()) if a.delta is not None]
+        if changed:
+            raise ValueError(
+                f"{changed[0]} replaces weights of the backbone, and everyone on a board runs on the same ones: attach "
+                "it, save the model, and name that folder as the model and an adapter of the router alone"
+            )
         self.model, self.tokenizer, self.adapters = model, tokenizer, tuple(adapters)
         self.others, self._pool = dict(others or {}), pool
         self._measured_on = measured_on
@@ -270,9 +276,10 @@ class Board:
             for i, adapter in enumerate(self.adapters)
         ]
 
-    def baselines(self, cells: Mapping[Cell, Sequence[Sample]], omega: float) -> list[Entrant]:
-        """Those of the policies at the router's mean Ω, and the points of the curves."""
+    def baselines(self, cells: Mapping[Cell, Sequence[Sample]], routers: Sequence[Entrant]) -> list[Entrant]:
+        """Those of the policies at the routers' mean Ω, and the points of the curves."""
         config, layers = self.config, self.layers
+        omega = routers_omega(routers, cells)
         chosen = [name for name in POLICIES if name in config.policies]
         few = {cell: some[: config.weak_samples] for cell, some in cells.items()}
         found: list[Entrant] = []
@@ -296,7 +303,7 @@ class Board:
                 add("interleaved", by_size(lambda n: Interleaved(n / layers), share * layers, layers, few), share)
             if "random" in chosen:
                 add("random", by_size(lambda n: Random(n / layers), share * layers, layers, few), share)
-        found += self._heads(cells, omega, chosen)
+        found += self._heads(cells, routers, chosen)
         if "sparse" in chosen:
             add("sparse", by_policy(AllSparse(), layers, few))
         for mode in ("triangle", "xattention"):
@@ -335,12 +342,18 @@ class Board:
         finally:
             detach(self.model)
 
-    def _heads(self, cells: Mapping[Cell, Sequence[Sample]], omega: float, chosen: Sequence[str]) -> list[Entrant]:
-        """Head-level entrants at Ω. They have no cache, so cells whose answers are generated are not theirs."""
+    def _heads(
+        self, cells: Mapping[Cell, Sequence[Sample]], routers: Sequence[Entrant], chosen: Sequence[str]
+    ) -> list[Entrant]:
+        """Head-level entrants. They have no cache, so cells whose answers are generated are not theirs: they stand at
+        the routers' mean Ω on the others."""
         if not {"duo", "elastic"} & set(chosen):
             return []
         some = self.samples.heads
         own = {cell: s for cell, s in cells.items() if not any(map(self._options.generates, s))}
+        if not own:
+            return []
+        omega = routers_omega(routers, own)
         config = self.adapters[0].config
         base, training = self._base(config), self.config.heads
         assert config.backbone is not None
@@ -402,10 +415,9 @@ def run_board(board: Board) -> BoardRun:
     board.measure([dense], "dense")
     reference = board.records(dense)
     cells = board.kept(reference)
-    weights = cell_weights(cells)
     routers = board.routers(cells)
-    omega = float(np.mean([mean_omega(entrant.columns, weights) for entrant in routers]))
-    entrants = [*board.baselines(cells, omega), *board.curves(cells)]
+    omega = routers_omega(routers, cells)
+    entrants = [*board.baselines(cells, routers), *board.curves(cells)]
     strong = [entrant for entrant in entrants if entrant.matched and entrant.family not in WEAK]
     board.measure([*routers, *strong], "routers and static splits")
     board.measure([entrant for entrant in entrants if entrant not in strong], "other entrants")
@@ -422,6 +434,12 @@ def run_board(board: Board) -> BoardRun:
     )
 
 
+def routers_omega(routers: Sequence[Entrant], cells: Mapping[Cell, Sequence[Sample]]) -> float:
+    """Mean Ω of the routers over cells that may be a part of theirs."""
+    weights = cell_weights(cells)
+    return float(np.mean([mean_omega({cell: entrant.columns[cell] for cell in cells}, weights) for entrant in routers]))
+
+
 def cell_weights(cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, float]:
     """Every cell the same within its class, both classes the same; they sum to 1."""
     classes = {cell: get_task(cell[0]).task_class for cell in cells}
@@ -434,14 +452,25 @@ def _without_router(config: FluxConfig) -> FluxConfig:
     return replace(config, router_input="probe", full_bias=0.0, pool_tokens=1, tail_tokens=0)
 
 
+#: What a score depends on besides sample, route and weights, from the package's root.
+_SCORING = (
+    *("kernels", "modes", "models", "cache.py", "generation.py", "route.py"),
+    *("evaluation/metrics.py", "evaluation/runner.py", "training/answers.py"),
+)
+
+
 @cache
 def code_digest() -> str:
-    """Of the kernels: results of one version of them must not stand beside another's."""
-    package = Path(__file__).resolve().parents[1]
+    """Of the code that makes scores: results of one version of it must not stand beside another's."""
+    return files_digest(Path(__file__).resolve().parents[1], _SCORING)
+
+
+def files_digest(root: Path, names: Sequence[str]) -> str:
+    """Of files, and of the Python files of folders, below `root`."""
     found = hashlib.sha256()
-    for folder in ("kernels", "modes"):
-        for path in sorted((package / folder).glob("*.py")):
-            found.update(path.name.encode() + path.read_bytes())
+    for place in (root / name for name in names):
+        for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
+            found.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return found.hexdigest()[:16]
 
 

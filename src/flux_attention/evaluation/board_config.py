@@ -117,6 +117,8 @@ class BoardConfig:
         for name in ("sparsities", "dial"):
             if any(not 0 <= sparsity <= 1 for sparsity in getattr(self, name)):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+            if len({f"{sparsity:.2f}" for sparsity in getattr(self, name)}) < len(getattr(self, name)):
+                raise ValueError(f"{name} are told apart by two digits, got {getattr(self, name)}")
         if not self.held.is_open and "inline" in self.policies:
             raise ValueError(
                 "inline routes are decided layer by layer, no dial holds them: leave out the one or the other"

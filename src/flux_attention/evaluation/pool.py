@@ -52,11 +52,10 @@ class Pool:
     """Processes that measure; a context manager, which ends them.
 
     Args:
-        processes: how many; each holds the model once.
-        threads: of PyTorch in each, for work on the processor.
+        processes: how many; each holds the model once, and a thread for work on the processor.
     """
 
-    def __init__(self, processes: int, model: PoolModel, threads: int = 1) -> None:
+    def __init__(self, processes: int, model: PoolModel) -> None:
         if processes < 1:
             raise ValueError(f"a pool needs at least one process, got {processes}")
         self.processes = processes
@@ -68,7 +67,7 @@ class Pool:
         # Of a device's memory, one share left to whoever made the pool: a process that meets the end of its own
         # halves its pass, and leaves the others' alone.
         share = 1 / (-(-processes // len(model.devices)) + 1)
-        self._executor = ProcessPoolExecutor(processes, context, _start, (model, places, threads, share))
+        self._executor = ProcessPoolExecutor(processes, context, _start, (model, places, share))
 
     def __enter__(self) -> Self:
         return self
@@ -111,8 +110,8 @@ class _Process:
     controller: Any
 
 
-def _start(source: PoolModel, places: SimpleQueue[str], threads: int, share: float) -> None:
-    torch.set_num_threads(threads)
+def _start(source: PoolModel, places: SimpleQueue[str], share: float) -> None:
+    torch.set_num_threads(1)
     device = torch.device(places.get())
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -160,7 +160,7 @@ def run_suite(
     suite = suite if n is None else replace(suite, n=n)
     found, long = suite_samples(suite, tokenizer, seed, folder=samples, progress=progress)
     cells = found.cells
-    for some in cells.values():
+    for some in (*cells.values(), *(long.cells.values() if long is not None else ())):
         check_samples(controller, some)
     routed, dense = {}, {}
     for key, some in cells.items():

@@ -71,6 +71,9 @@ def evaluate(
         return
     if record and policy != "router":
         raise ValueError(f"--record is for the adapter's router; --policy {policy} is a baseline")
+    if record and (min_sparsity, max_sparsity, scoring) != (0.0, 1.0, "auto"):
+        # The figures' names do not say so, and they would stand in the place of the suite's own.
+        raise ValueError("--record is for the suite as it is: leave out the dial and --scoring")
     from flux_attention.cli.session import Bars, open_session
     from flux_attention.cli.terminal import print_table
     from flux_attention.evaluation.runner import RunOptions
