@@ -120,3 +120,22 @@ def test_macro_weighs_tasks_alike():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_samples_of_one_document_are_drawn_together():
+    rng = np.random.default_rng(0)
+    # Twenty documents of ten samples each, which differ by document alone.
+    level = np.repeat(rng.normal(2, 0.5, 20), 10)
+    ones, documents = np.ones(200), np.repeat(np.arange(20), 10).tolist()
+    found, naive = metrics.clustered_mean(level, documents), metrics.bootstrap_mean(level)
+    assert found.value == pytest.approx(level.mean()) and found.n == 200
+    width, narrow = found.high - found.low, naive.high - naive.low
+    # As wide as for the twenty values that there are.
+    of_means = metrics.bootstrap_mean(level[::10])
+    assert width == pytest.approx(of_means.high - of_means.low, rel=0.05) and width > 2.5 * narrow
+    # Documents of different sizes: the mean is the samples'.
+    assert metrics.clustered_mean([1, 1, 1, 5], list("aaab")).value == pytest.approx(2)
+    assert metrics.clustered_ratio(level, ones, list(range(200))) == metrics.paired_ratio(level, ones)
+    assert metrics.clustered_mean([1, 2, 3], list("aaa")) == metrics.paired_ratio([1, 2, 3], np.ones(3))
+    with pytest.raises(ValueError, match="one cluster"):
+        metrics.clustered_ratio(level, ones, documents[:-1])

@@ -10,8 +10,8 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -210,6 +210,29 @@ def paired_ratio(
 ) -> Estimate:
     """mean(first) / mean(second) on the same samples; pairs are resampled together."""
     return macro_ratio({"": first}, {"": second}, seed, confidence, resamples)
+
+
+def clustered_ratio(first: ArrayLike, second: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
+    """mean(first) / mean(second) on the same samples, where those of one cluster (a document, say) are drawn together.
+
+    Samples about one document are not independent: resampled one by one they would give too narrow an interval. Where
+    all are of one cluster, that is all there is.
+    """
+    a, b = _pair(first, second)
+    if len(clusters) != len(a):
+        raise ValueError(f"every sample has one cluster, got {len(clusters)} for {len(a)} samples")
+    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    if len(index) == 1:
+        return paired_ratio(a, b)
+    # Sums over clusters: dividing both sides by their number makes them means, which are what is resampled.
+    place = [index[cluster] for cluster in clusters]
+    first, second = (np.bincount(place, weights=values, minlength=len(index)) for values in (a, b))
+    return replace(paired_ratio(first, second), n=len(a))
+
+
+def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
+    """Mean with an interval whose clusters are drawn together, see `clustered_ratio`."""
+    return clustered_ratio(values, np.ones(len(clusters)), clusters)
 
 
 def _pair(first: ArrayLike, second: ArrayLike, name: str = "first and second") -> tuple[NDArray, NDArray]:

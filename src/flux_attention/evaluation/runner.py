@@ -41,6 +41,7 @@ class Record:
         p_full: the router's probabilities; None under a policy without scores.
         kv_share: bytes of KV cache after prefill, over dense.
         depth: where the needle was, in [0, 1]; None for tasks without one.
+        document: which text the prompt is about, where several samples share few; else None.
         text: what the model wrote; None when nothing was generated.
     """
 
@@ -58,6 +59,7 @@ class Record:
     p_full: tuple[float, ...] | None
     kv_share: float
     depth: float | None = None
+    document: str | int | None = None
     text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,5 +277,6 @@ def _record(
         p_full=None if route.p_full is None else tuple(route.p_full[:, 0].tolist()),
         kv_share=kv_share(controller.config, route, [tokens])[0],
         depth=sample.meta.get("depth"),
+        document=sample.meta.get("document"),
         text=text,
     )

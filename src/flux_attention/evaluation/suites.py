@@ -13,7 +13,14 @@ from flux_attention.cache import cache_argument
 from flux_attention.data import Sample
 from flux_attention.data.progress import Progress
 from flux_attention.data.sample_set import SampleSet, make_sample_set, prepared_samples
-from flux_attention.evaluation.metrics import Estimate, bootstrap_mean, paired_ratio, wilson
+from flux_attention.evaluation.metrics import (
+    Estimate,
+    bootstrap_mean,
+    clustered_mean,
+    clustered_ratio,
+    paired_ratio,
+    wilson,
+)
 from flux_attention.evaluation.results import Figure
 from flux_attention.evaluation.runner import Record, RunOptions, check_samples, run_samples
 from flux_attention.models.controller import FluxAttention
@@ -93,6 +100,7 @@ class SuiteRun:
                         "index": ours.index,
                         "tokens": ours.tokens,
                         "depth": ours.depth,
+                        "document": ours.document,
                         "sparsity": round(ours.sparsity, 4),
                         "route": ours.route,
                         "kv_share": round(ours.kv_share, 4),
@@ -268,18 +276,23 @@ def _continuation(routed: Cells, dense: Cells) -> list[Figure]:
 
 
 def _free(routed: Cells, dense: Cells) -> list[Figure]:
-    """Does the router hear what is asked, and what does that cost the answers?"""
+    """Does the router hear what is asked, and what does that cost the answers? Documents are few: drawn as a whole."""
     figures = []
     for (task, length), records in routed.items():
         name, reference = f"{task}_{length // 1024}k", dense[task, length]
-        figures.append(_sparsity(f"{name}_sparsity", {(task, length): records}))
+        texts = [i if r.document is None else r.document for i, r in enumerate(records)]
+
+        def mean(suffix: str, values: list[float], unit: str, name: str = name, texts: Any = texts) -> Figure:
+            return Figure.of(f"{name}_{suffix}", clustered_mean(values, texts), unit)
+
+        figures.append(mean("sparsity", [r.sparsity for r in records], "share"))
         if _losses(records):
-            ratio = paired_ratio(_losses(records), _losses(reference))
+            ratio = clustered_ratio(_losses(records), _losses(reference), texts)
             figures.append(Figure.of(f"{name}_nll_vs_dense", ratio, "ratio"))
-            figures.append(Figure.of(f"{name}_nll_dense", bootstrap_mean(_losses(reference)), "nat"))
+            figures.append(mean("nll_dense", _losses(reference), "nat"))
         else:  # with --scoring generated
-            figures.append(Figure.of(f"{name}_f1", accuracy(records), "share"))
-            figures.append(Figure.of(f"{name}_f1_dense", accuracy(reference), "share"))
+            figures.append(mean("f1", _scores(records), "share"))
+            figures.append(mean("f1_dense", _scores(reference), "share"))
     return figures
 
 
