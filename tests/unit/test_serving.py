@@ -208,6 +208,8 @@ def test_a_deployment_knows_its_layers():
         ({**ADAPTER, "kv_bundle": 7}, {}, "divisor of the model's 30 routable layers, got 7"),
         ({**ADAPTER, "kv_bundle": [[0, 1], [2]]}, {}, "lists of equal length"),
         ({**ADAPTER, "kv_bundle": True}, {}, r"flux\.kv_bundle must be"),
+        ({**ADAPTER, "kv_bundle": [1, 2]}, {}, r"flux\.kv_bundle must be"),
+        ({**ADAPTER, "kv_bundle": [["a", "b"], [1, 2]]}, {}, r"flux\.kv_bundle must be"),
         ({**ADAPTER, "break_even_tokens": -1}, {}, r"flux\.break_even_tokens must be"),
         ({**ADAPTER, "router_input": "oracle"}, {}, "one of probe, inline"),
         (ADAPTER, {"layers": 12}, "num_hidden_layers 30 ≠ 12"),
@@ -337,8 +339,16 @@ def test_a_server_gets_the_plugins_options():
     assert line[line.index("--block-size") + 1] == "128"
     gpu = engine_arguments(ADAPTER["adapter"], on_cpu=False, asynchronous=True, flux={})
     assert gpu["attention_backend"] == "CUSTOM" and gpu["scheduler_cls"].endswith("FluxAsyncScheduler")
-    with pytest.raises(ValueError, match="--scheduler-cls"):
-        command_line("some/model", ADAPTER["adapter"], ["--scheduler-cls=x"], on_cpu=True, flux={})
+    for option in (
+        "--scheduler-cls=x",
+        "--scheduler_cls=x",
+        "--additional_config",
+        "--additional-config.flux.adapter=x",
+    ):
+        with pytest.raises(ValueError, match="set by flux-attn serve"):
+            command_line("some/model", ADAPTER["adapter"], [option], on_cpu=True, flux={})
+    line = command_line("some/model", ADAPTER["adapter"], ["--no_async_scheduling"], on_cpu=False, flux={})
+    assert line[line.index("--scheduler-cls") + 1].endswith(".FluxScheduler")
 
 
 # ---------------------------------------------------------------------------------------------------- bundles

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -77,11 +77,6 @@ class BackboneDelta:
                 f"{path} is torn or changed: SHA-256 {actual[:12]}…, not {sha256[:12]}…; download the adapter again"
             )
         return cls(path, sha256)
-
-    def names(self) -> tuple[str, ...]:
-        """Parameters that are replaced."""
-        with safe_open(self.path, framework="pt") as file:
-            return tuple(sorted(file.keys()))
 
     def load(self) -> dict[str, Tensor]:
         return dict(load_file(self.path))

@@ -46,7 +46,9 @@ def command_line(model: str, adapter: str, further: Sequence[str], *, on_cpu: bo
     Raises:
         ValueError: `further` sets what the plugin sets; or no such adapter.
     """
-    names = {argument.split("=")[0] for argument in further}
+    # vLLM takes underscores in options as well, and dotted ones that set a part of a JSON value.
+    options = (argument.split("=")[0] for argument in further if argument.startswith("--"))
+    names = {option.split(".")[0].replace("_", "-") for option in options}
     if taken := sorted(names & set(_OURS)):
         raise ValueError(f"{', '.join(taken)}: set by flux-attn serve; to set them yourself, use vllm serve")
     config = load_adapter(adapter).config

@@ -51,6 +51,8 @@ class EngineOptions:
         if self.router_input is not None and self.router_input not in ROUTER_INPUTS:
             raise _refuse("router_input", f"one of {', '.join(ROUTER_INPUTS)}", self.router_input)
         if isinstance(self.kv_bundle, (list, tuple)):
+            if not all(isinstance(b, (list, tuple)) and all(_is_count(x, 0) for x in b) for b in self.kv_bundle):
+                raise _refuse("kv_bundle", "a number of layers or lists of layers", self.kv_bundle)
             object.__setattr__(self, "kv_bundle", tuple(map(tuple, self.kv_bundle)))
         elif self.kv_bundle is not None and not _is_count(self.kv_bundle, 1):
             raise _refuse("kv_bundle", "a number of layers or lists of layers", self.kv_bundle)
