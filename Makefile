@@ -80,8 +80,8 @@ bench: ## benchmarks on the current device, written to benchmarks/results
 	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/head_level.py
 	@PYTHONPATH=$(SRC_PATH) $(PYTHON) benchmarks/plots.py
 
-train: $(STAMP) ## train the SmolLM2 router that the project ships
-	@$(BIN)/python recipes/smollm2.py
+train: $(STAMP) ## fit the SmolLM2 router that the project ships, into runs/smollm2 (a GPU: one minute)
+	@$(BIN)/python recipes/smollm2.py --out runs/smollm2 --costs docs/adapters/smollm2-135m-instruct-costs.json
 
 clean: ## remove the environment and everything built
 	@rm -rf $(VENV) $(SERVING) build dist flux-demo .pytest_cache .mypy_cache .ruff_cache

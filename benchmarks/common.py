@@ -37,7 +37,9 @@ def add_run_options(parser: argparse.ArgumentParser, tiny: str = "toy sizes, to 
     """Where a benchmark runs and what it writes; `tiny`: help of `--tiny`."""
     parser.add_argument("--tiny", action="store_true", help=tiny)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results (benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the results (benchmarks/results; --tiny: none)"
+    )
     parser.add_argument("--commit", default=None, help="commit of the code, where the checkout cannot tell")
 
 

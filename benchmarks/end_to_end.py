@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,6 @@ class Setup:
     """No section begins, and no prefill is repeated, after this (`time.perf_counter`)."""
     fuse: bool | None
     tiny: bool
-    started: float = field(default_factory=time.perf_counter)
 
     @property
     def layers(self) -> int:
@@ -236,7 +235,7 @@ def generated(setup: Setup, record: Recorder) -> None:
     """`flux_attention.generate` against transformers' own generate on the attached model, under one route."""
     controller, route = setup.controller, setup.route(0.75)
     prompt, new = setup.prompt(setup.short // 16 if not setup.tiny else 512), 16
-    config = GenerationConfig(do_sample=False, eos_token_id=None, max_new_tokens=new, pad_token_id=0)
+    config = GenerationConfig(do_sample=False, eos_token_id=[], max_new_tokens=new, pad_token_id=0)
     with controller.using(Fixed(route)):
         theirs = setup.model.generate(prompt[None], generation_config=config)[0, -new:].tolist()
     result = generation.generate(setup.model, prompt, generation_config=config, route=route, chunk_tokens=1024)

@@ -212,7 +212,7 @@ def main() -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         parser.error("two CUDA devices are needed; --tiny --device cpu is a rehearsal")
-    out = options.out or Path("benchmarks/results")
+    out = options.out or (None if options.tiny else Path("benchmarks/results"))
     recorder = Recorder("generate-parallel", device, settings, out, options.commit)
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(Path(folder), settings, device, until)

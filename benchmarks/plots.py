@@ -59,11 +59,11 @@ def roofline_prefill(n: int, sparsity: float) -> float:
     return (2 * LINEAR_PARAMETERS * n + 4 * HEADS * DIM * pairs) / FLOPS * 1e3
 
 
-def roofline_decode(n: int, sparsity: float, rows: int = 1) -> float:
-    """Least milliseconds of a decode step: weights and kept keys at the device's copy bandwidth."""
+def roofline_decode(n: int, sparsity: float) -> float:
+    """Least milliseconds of a decode step of one row: weights and kept keys at the device's copy bandwidth."""
     sparse = round(sparsity * LAYERS)
     tokens = (LAYERS - sparse) * n + sparse * min(n, SINK_WINDOW)
-    return (WEIGHT_BYTES + rows * tokens * KEY_HEADS * DIM * 2 * 2) / BANDWIDTH * 1e3
+    return (WEIGHT_BYTES + tokens * KEY_HEADS * DIM * 2 * 2) / BANDWIDTH * 1e3
 
 
 def sweep(figures: dict[str, tuple[float, str]], out: Path) -> list[Path]:

@@ -60,6 +60,7 @@ PARALLEL_ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 WORKER = "serving_worker.MeasuredWorker"
+RESULTS = Path("benchmarks/results")
 #: Engines of several ranks. One that is collected waits for ever for sockets that are still open (seen with vLLM 0.26),
 #: so a process that has made one ends without collecting it.
 KEPT: list[Any] = []
@@ -695,7 +696,9 @@ def gpu(options: argparse.Namespace, version: str) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     suffix = f"_tp{ranks}" if ranks > 1 else ""
     program = "serving-gpu" + suffix.replace("_", "-") + ("" if options.loads is None else "-loads")
-    recorder = Recorder(program, device, settings, options.out, options.commit, suffix=suffix)
+    # Figures of other shapes would bear the names of the model's.
+    folder = options.out or (None if settings["shape"] else RESULTS)
+    recorder = Recorder(program, device, settings, folder, options.commit, suffix=suffix)
 
     def speed(recorder: Recorder) -> None:
         Speed(settings, recorder, until).run(options.loads)
@@ -734,7 +737,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="compile the model, as vLLM does by itself")
     parser.add_argument("--synchronous", action="store_true", help="without scheduling a step ahead")
     parser.add_argument("--shape", default="{}", help="other shapes of the model, as JSON: a rehearsal")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, help=f"folder of the results ({RESULTS}; with --shape: none)")
     parser.add_argument("--commit", help="where the checkout cannot be asked")
     options = parser.parse_args()
     if options.gpu and options.sections not in (None, "check"):
@@ -754,7 +757,7 @@ def main() -> int:
     failures, device = 0, torch.device("cpu")
     for name in (options.sections or ",".join(sections)).split(","):
         # A file each: one of them is measured again without the others.
-        recorder = Recorder(f"serving-{name}", device, {"vllm": version}, options.out, options.commit)
+        recorder = Recorder(f"serving-{name}", device, {"vllm": version}, options.out or RESULTS, options.commit)
         failures += run_sections([(name, sections[name])], recorder)
     return failures
 

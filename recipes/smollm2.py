@@ -46,6 +46,7 @@ from torch import Tensor
 from flux_attention.config import FluxConfig
 from flux_attention.data import HOLISTIC, RETRIEVAL, TASK_CLASSES, TASKS, Sample
 from flux_attention.data.sample_set import Job, checksum, digest, prepared_jobs, spread_jobs
+from flux_attention.evaluation.board import weights_digest
 from flux_attention.evaluation.results import environment, write_json
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.attach import attach, detach
@@ -56,7 +57,14 @@ from flux_attention.training.card import compare, comparison_text, model_card
 from flux_attention.training.damage import DamageMeter
 from flux_attention.training.data import RouterDataset, class_index
 from flux_attention.training.features import FeatureDataset, pooled_queries
-from flux_attention.training.groups import Group, agreement, class_target, group_targets, largest_sparsity
+from flux_attention.training.groups import (
+    Group,
+    agreement,
+    class_target,
+    group_targets,
+    largest_sparsity,
+    resolve_rankings,
+)
 from flux_attention.training.meter import CostMeter
 from flux_attention.training.objective import initialise_bias
 from flux_attention.training.route_search import LayerCosts, search_routes
@@ -189,7 +197,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         }
         for name, value in small.items():
             setattr(options, name, value)
-    options.group = options.group or [Group.parse(text) for text in DEFAULT_GROUPS]
+    try:
+        options.group = resolve_rankings(options.group or [Group.parse(text) for text in DEFAULT_GROUPS])
+    except ValueError as error:
+        parser.error(str(error))
     options.search_samples = options.search_samples or options.measurements
     if len(options.fit_prompts) == 1:
         options.fit_prompts = [options.fit_prompts[0] // len(options.group)]
@@ -199,13 +210,49 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--{name.replace('_', '-')} takes one number or one a group ({len(options.group)})")
         names = [group.name for group in options.group]
         setattr(options, name, dict(zip(names, values * len(names), strict=False)))
+    try:
+        check_searches(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return options
+
+
+def searched(options: argparse.Namespace) -> list[Group]:
+    """Groups whose ranking this run has to find."""
+    known = set() if options.costs is None else set(read_run(options.costs)["rankings"])
+    return [group for group in options.group if not group.like and group.name not in known]
+
+
+def check_searches(options: argparse.Namespace) -> None:
+    """Raises ValueError for what the search would refuse, or be wrong about, minutes later."""
+    for group in searched(options):
+        otherwise = f"take another group's ranking ({group.name}:…:…:=other) or an earlier run's (--costs)"
+        if group.keep is not None:
+            raise ValueError(
+                f"group {group.name}: the Ω that keeps {group.keep:.4g} of the score is found on a ranking, which is "
+                f"itself searched at an Ω; give an Ω such as 0.7, or {otherwise}"
+            )
+        if group.target == 1:
+            raise ValueError(
+                f"group {group.name}: at Ω = 1 no layer is left to measure the others beside; give an Ω below 1, or "
+                f"{otherwise}"
+            )
+        if options.measurements[group.name] < 2 or options.search_samples[group.name] < 1:
+            raise ValueError(
+                f"group {group.name}: a search takes --measurements of at least 2 and --search-samples of at least 1, "
+                f"got {options.measurements[group.name]} and {options.search_samples[group.name]}; {otherwise}"
+            )
 
 
 @functools.cache
 def read_run(path: Path) -> dict[str, Any]:
-    """Results that an earlier run wrote (`--results`)."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Results that an earlier run wrote (`--results`). Raises ValueError for a file without rankings."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no rankings of a recipe's run ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("rankings"), dict):
+        raise ValueError(f"{path} holds no rankings of a recipe's run")
     return found
 
 
@@ -213,11 +260,11 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
     """Everything the run needs: phases use different numbers of the training split, evaluation the test split."""
     groups: list[Group] = options.group
     jobs: dict[str, list[Job]] = {"fit": [], "gates": []}
-    known = set() if options.costs is None else set(read_run(options.costs)["rankings"])
+    to_search = {group.name for group in searched(options)}
     for group in groups:
         jobs[f"search:{group.name}"] = spread_jobs(
             group.searched or group.tasks,
-            0 if group.like or group.name in known else options.search_samples[group.name],
+            options.search_samples[group.name] if group.name in to_search else 0,
             [options.search_lengths[group.name]],
             options.seed,
             first=10_000,
@@ -249,14 +296,28 @@ def plan_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
 # ---------------------------------------------------------------------------------------------------- phases
 
 
-def probe(controller: FluxAttention, samples: list[Sample], path: Path | None, cost: CostMeter) -> Tensor:
-    """Pooled queries `[L, n, D]` of the samples' prompts, from their file where it is there."""
-    made_for = digest([checksum(sample) for sample in samples])
+def probe(controller: FluxAttention, samples: list[Sample], path: Path | None, cost: CostMeter, weights: str) -> Tensor:
+    """Pooled queries `[L, n, D]` of the samples' prompts, from their file where it is there.
+
+    `weights`: digest of the backbone's. A file of other prompts, of another backbone or of other settings is refused.
+    """
+    config = controller.config
+    made_for = {
+        "samples": digest([checksum(sample) for sample in samples]),
+        "backbone": "" if config.backbone is None else config.backbone.name,
+        "weights": weights,
+        "dtype": str(controller.model.dtype).removeprefix("torch."),
+        "pool_tokens": str(config.pool_tokens),
+        "tail_tokens": str(config.tail_tokens),
+    }
     if path is not None and path.is_file():
         with safe_open(path, framework="pt") as file:
-            known = file.metadata()
-            if known["samples"] != made_for:
-                raise SystemExit(f"{path} holds features of other prompts; delete it or name another file")
+            known = file.metadata() or {}
+            if others := [f"{n}: {known.get(n)} → {now}" for n, now in made_for.items() if known.get(n) != now]:
+                raise SystemExit(
+                    f"{path} holds features of other prompts, of another backbone or of other settings (then → now): "
+                    f"{'; '.join(others)}. Delete it or name another file"
+                )
             cost.add("probe", float(known["seconds"]), int(known["tokens"]))
             return file.get_tensor("pooled").float()
     with cost.phase("probe"):
@@ -265,7 +326,7 @@ def probe(controller: FluxAttention, samples: list[Sample], path: Path | None, c
     # What a file would hold is what the router sees, file or not.
     half = pooled.half()
     if path is not None:
-        about = {"samples": made_for, "seconds": str(cost.seconds["probe"]), "tokens": str(cost.tokens["probe"])}
+        about = {**made_for, "seconds": str(cost.seconds["probe"]), "tokens": str(cost.tokens["probe"])}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"pooled": half.cpu().contiguous()}, path, about)
     return half.float()
@@ -358,8 +419,6 @@ def search(
     earlier, log = earlier_searches(options.costs, cost), {}
     for group in options.group:
         if group.like:
-            if group.like not in rankings:
-                raise SystemExit(f"group {group.name} shares the ranking of {group.like!r}, which must come before it")
             rankings[group.name] = rankings[group.like]
             continue
         used: dict[str, int] = {}
@@ -499,6 +558,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{sum(map(len, made.values()))} samples in {options.samples}")
         return {}
     model.to(device)
+    # Before anything is attached: fused layers have parameters of other names.
+    weights = weights_digest(model)
     ready = time.perf_counter() - begun
     print(f"{sum(map(len, made.values()))} samples and the backbone ready after {ready:.1f} s", flush=True)
 
@@ -512,7 +573,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     controller.router.to(device)
     cost = CostMeter(controller)
 
-    pooled = probe(controller, made["fit"], options.features, cost)
+    pooled = probe(controller, made["fit"], options.features, cost, weights)
     controller.router.fit_input_scale(pooled)
     rankings, log = search(controller, made, options, cost)
     options.group, curves = find_targets(controller, made, rankings, options, cost)

@@ -88,6 +88,22 @@ class PagePool:
             setattr(self, name, bigger)
         self._free[:0] = range(grown - 1, old - 1, -1)
 
+    def check(
+        self, page_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raise ValueError unless the pages are of this kind: kernels would read others without a sign."""
+        names = "page_tokens", "num_kv_heads", "head_dim", "dtype", "device"
+        has = *self.keys.shape[1:], self.keys.dtype, self.keys.device
+        # "cuda" and "cuda:0" may be the same device: compare what tensors there call it.
+        needs = page_tokens, num_kv_heads, head_dim, dtype, torch.empty(0, device=device).device
+        wrong = [
+            f"{name} {found} where the model's cache has {wanted}"
+            for name, found, wanted in zip(names, has, needs, strict=True)
+            if found != wanted
+        ]
+        if wrong:
+            raise ValueError(f"the page pool does not fit the cache: {'; '.join(wrong)}")
+
     def allocate(self, pages: int) -> list[int]:
         self.require(pages)
         return [self._free.pop() for _ in range(pages)]
@@ -135,8 +151,22 @@ def append_token(
     """Put one token a row, `keys, values [B, Hk, D]`, behind its `counts[b]` keys; device work only."""
     page, counts = k_pages.shape[1], counts.long()
     slots = page_table.gather(1, (counts // page)[:, None])[:, 0].long() * page + counts % page
-    k_pages.flatten(0, 1)[slots] = keys
-    v_pages.flatten(0, 1)[slots] = values
+    # Detached: a page outlives the pass that filled it, and must not keep that pass's graph alive.
+    k_pages.flatten(0, 1)[slots] = keys.detach()
+    v_pages.flatten(0, 1)[slots] = values.detach()
+
+
+def streaming_pages(config: FluxConfig) -> int:
+    """Most pages a streaming row holds: sinks, window, and the page being written."""
+    return (config.sink_tokens + config.window_tokens) // config.block_tokens + 1
+
+
+@dataclass
+class _Progress:
+    """Columns fed to a cache. Shared with its layers, which thus need no reference to the cache: that cycle would keep
+    a dropped cache's pages until the garbage collector's next pass."""
+
+    columns: int = 0
 
 
 class _RoutedLayer(CacheLayerMixin):
@@ -151,9 +181,9 @@ class _RoutedLayer(CacheLayerMixin):
     # No `lazy_initialization` of ours allocates by itself: the pool is shared and sized by the route.
     supports_early_init = False
 
-    def __init__(self, cache: FluxCache) -> None:
+    def __init__(self, progress: _Progress) -> None:
         super().__init__()
-        self._cache = cache
+        self._progress = progress
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
@@ -164,21 +194,22 @@ class _RoutedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         # An int in current transformers, a position tensor in earlier releases of 5.
         length = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self._cache.seen_tokens + length, 0
+        return self._progress.columns + length, 0
 
     def get_seq_length(self) -> int:
-        return self._cache.seen_tokens
+        return self._progress.columns
 
     def get_max_length(self) -> int:
         return -1
 
     get_max_cache_shape = get_max_length
 
+    # transformers resets and reorders layer by layer, and rows here share one table: FluxCache does all layers at once.
+
     def reset(self) -> None:
-        self._cache.clear()
+        raise NotImplementedError("reset the whole FluxCache, not one of its layers")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        # transformers reorders layer by layer, and rows here share one table: FluxCache does all layers at once.
         raise NotImplementedError("reorder the whole FluxCache, not one of its layers")
 
 
@@ -230,10 +261,11 @@ class FluxCache(Cache):
         max_row_tokens: int | None = None,
         devices: Sequence[torch.device] | None = None,
     ) -> None:
+        self._progress = _Progress()
         layers: list[CacheLayerMixin] = []
         for index in range(num_layers):
             if index in routable_layers:
-                layers.append(_RoutedLayer(self))
+                layers.append(_RoutedLayer(self._progress))
             elif layer_types is not None and layer_types[index] == "sliding_attention":
                 layers.append(DynamicSlidingWindowLayer(sliding_window=sliding_window))
             else:
@@ -242,6 +274,7 @@ class FluxCache(Cache):
         self.flux_config = config
         self.num_routable = len(routable_layers)
         self._devices = tuple(devices) if devices is not None and len(set(devices)) > 1 else None
+        self._device = devices[0] if devices else None
         if self._devices is not None and pool is not None:
             raise ValueError("the layers lie on several devices: a pool lies on one, so pass none")
         self.pool = pool
@@ -250,12 +283,15 @@ class FluxCache(Cache):
         """By device, where there are several."""
         self.page_tokens = config.block_tokens
         self._max_row_tokens = max_row_tokens
+        self.headroom = 0
+        """Tokens a row to make sure of together with the prompt, so that they cannot run out half way."""
+        self.is_broken = False
+        """Whether a pass failed half way and took the rows with it (`fail`)."""
         self._forget()
 
     def _forget(self) -> None:
         self.route: Route | None = None
         self.seen_tokens = 0
-        """Columns fed so far, padding included: what transformers calls the sequence length."""
         self.lengths: list[int] = []
         """Real tokens per row."""
         self._pages: list[list[list[int]]] = []
@@ -266,6 +302,15 @@ class FluxCache(Cache):
         """By device: all layers' on each, they are small."""
 
     # ---------------------------------------------------------------- life of a row
+
+    @property
+    def seen_tokens(self) -> int:
+        """Columns fed so far, padding included: what transformers calls the sequence length."""
+        return self._progress.columns
+
+    @seen_tokens.setter
+    def seen_tokens(self, columns: int) -> None:
+        self._progress.columns = columns
 
     @property
     def is_empty(self) -> bool:
@@ -306,14 +351,23 @@ class FluxCache(Cache):
         return list(self._pools.values()) if self._pools else [] if self.pool is None else [self.pool]
 
     def begin(self, rows: int, route: Route, num_kv_heads: int, head_dim: int, like: Tensor) -> None:
-        """Set up `rows` empty rows under `route`; `like` gives dtype and device of the keys."""
+        """Set up `rows` empty rows under `route`; `like` gives the dtype of the keys, and their device where the cache
+        was not told.
+
+        Raises:
+            RuntimeError: the cache holds rows, or lost them in a pass that failed.
+            ValueError: a pool of other pages, heads, dtype or device than the cache's.
+        """
+        self.check_usable()
         if not self.is_empty or self.lengths:
             raise RuntimeError("this cache already holds rows; make a new one or clear() it")
+        every = dict.fromkeys(self._devices or (self._device or like.device,))
+        shape = self.page_tokens, num_kv_heads, head_dim
         if self.pool is None:
-            every = [like.device] if self._devices is None else dict.fromkeys(self._devices)
-            shape = self.page_tokens, num_kv_heads, head_dim
             self.use_pools({device: PagePool(*shape, like.dtype, device) for device in every})
         assert self.pool is not None
+        for device, pool in zip(every, [self._pools[d] for d in every] if self._pools else [self.pool], strict=True):
+            pool.check(*shape, like.dtype, device)
         self.set_route(route)
         self.lengths = [0] * rows
         self._pages = [[[] for _ in range(rows)] for _ in range(self.num_routable)]
@@ -341,9 +395,27 @@ class FluxCache(Cache):
         for layer in self.layers:
             if not isinstance(layer, _RoutedLayer):
                 layer.reset()
+        self.is_broken = False
         self._forget()
 
     reset = clear
+
+    def fail(self) -> None:
+        """A pass stored its tokens in some layers only: give the pages back, and refuse to go on until `clear`.
+
+        Rows that held nothing before that pass have lost nothing, so their cache is merely empty again.
+        """
+        lost = any(self.lengths)
+        self.clear()
+        self.is_broken = lost
+
+    def check_usable(self) -> None:
+        """Raise RuntimeError after `fail`: going on would answer without what the cache held."""
+        if self.is_broken:
+            raise RuntimeError(
+                "a pass on this cache failed half way, and what it held is lost; clear() it or start from "
+                "controller.new_cache(), and feed the conversation from its beginning"
+            )
 
     # ---------------------------------------------------------------- what is kept
 
@@ -361,12 +433,12 @@ class FluxCache(Cache):
         return self.lengths[row] - self.gap(layer, row)
 
     def pages_needed(self, layer: int, row: int, tokens: int) -> int:
-        """Pages this layer of this row holds after `tokens` more tokens."""
-        length = self.lengths[row] + tokens
-        total = -(-length // self.page_tokens)
-        if self.drops_keys(layer, row):
-            total -= (self._kept_from(length) - self.flux_config.sink_tokens) // self.page_tokens
-        return total
+        """Most pages this layer of this row holds on its way to `tokens` more tokens.
+
+        A streaming row that ends with a page holds one page less than just before, so its end alone is no measure.
+        """
+        total = -(-(self.lengths[row] + tokens) // self.page_tokens)
+        return min(total, streaming_pages(self.flux_config)) if self.drops_keys(layer, row) else total
 
     def reserve(self, tokens: Sequence[int]) -> None:
         """Check that `tokens[row]` more tokens fit, before any work; else `PoolExhaustedError`, and nothing changed."""
@@ -414,8 +486,9 @@ class FluxCache(Cache):
             if first >= last:
                 continue
             slots = self._slots(pages, first, last, sinks, dropped, pool.keys.device)
-            pool.keys.flatten(0, 1)[slots] = keys[first - start : last - start]
-            pool.values.flatten(0, 1)[slots] = values[first - start : last - start]
+            # Detached, as in `append_token`.
+            pool.keys.flatten(0, 1)[slots] = keys[first - start : last - start].detach()
+            pool.values.flatten(0, 1)[slots] = values[first - start : last - start].detach()
         lengths = self.lengths.copy()
         lengths[row] = end
         self._publish([(layer, row)], lengths)
@@ -496,10 +569,9 @@ class FluxCache(Cache):
 
     def _width(self, layer: int) -> int:
         """Pages that the longest row of this layer can hold: a layer that is sparse in every row needs few."""
-        config, page = self.flux_config, self.page_tokens
         if not all(self.drops_keys(layer, row) for row in range(self.num_rows)):
             return self.page_table.shape[2]
-        return min(self.page_table.shape[2], (config.sink_tokens + config.window_tokens) // page + 1)
+        return min(self.page_table.shape[2], streaming_pages(self.flux_config))
 
     def advance(self, columns: int, tokens: Sequence[int], *, decoded: bool) -> None:
         """All layers have stored `tokens[row]` tokens out of `columns` columns."""
@@ -508,6 +580,17 @@ class FluxCache(Cache):
         if decoded:
             for tables in self._tables.values():
                 tables.counts += 1
+
+    def retract(self) -> None:
+        """Take the last decoded token of every row back. Exact for one token: the next one, at its position, needs no
+        page that was given back for it. Raises ValueError where layers are not routed: they have dropped keys.
+        """
+        if any(not isinstance(layer, _RoutedLayer) for layer in self.layers):
+            raise ValueError("layers that are not routed cannot take a token back")
+        self.seen_tokens -= 1
+        self.lengths = [length - 1 for length in self.lengths]
+        for tables in self._tables.values():
+            tables.counts -= 1
 
     # ---------------------------------------------------------------- what transformers asks for
 

@@ -7,6 +7,7 @@ long prompts are prefilled in chunks, and a decode step on a GPU is one graph re
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from flux_attention.cache import FluxCache, MemoryReport, PagePool, cache_argument
+from flux_attention.cache import FluxCache, MemoryReport, PagePool, cache_argument, streaming_pages
 from flux_attention.kernels import paged_decode
 from flux_attention.kernels.capture import capture
 from flux_attention.models.attach import attached
@@ -47,7 +48,11 @@ class Generation:
         route: of the rows.
         memory: of the cache at the end of prefill.
         route_seconds, prefill_seconds, decode_seconds: wall clock of the three phases.
-        cache: holds prompts and answers; pass it on for a second turn, or `clear()` it.
+        cache: holds prompts and answers; `clear()` it to give a `pool`'s pages back. Of one sequence, on a model whose
+            attention layers are all routed, it can be passed on for a second turn: it holds the first
+            `cache.lengths[0]` tokens of prompt and answer, so that turn begins with the rest, if any (the answer's last
+            token, from which nothing was predicted). Of a batch, rows that ended before others hold more than their
+            answers.
     """
 
     tokens: list[list[int]]
@@ -103,15 +108,111 @@ def _processors(config: GenerationConfig) -> LogitsProcessorList:
     return found
 
 
-_UNSUPPORTED = ("num_beams", "num_return_sequences", "no_repeat_ngram_size", "penalty_alpha", "stop_strings")
+#: transformers' default where neither the request nor the model sets it.
+_TOP_K = 50
+_NEW_TOKENS = 20
+
+#: Options that `generate` reads.
+_READ = {
+    "max_length",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "eos_token_id",
+}
+#: Options that change no token: names of padding, what transformers returns and how it computes, and parameters of
+#: strategies that are off unless an option that is refused turns them on.
+_MOOT = {
+    "pad_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "return_dict_in_generate",
+    "renormalize_logits",
+    "use_cache",
+    "cache_config",
+    "max_cache_len",
+    "compile_config",
+    "disable_compile",
+    "low_memory",
+    "continuous_batching_config",
+    "early_stopping",
+    "length_penalty",
+    "diversity_penalty",
+    "num_beam_groups",
+    "is_assistant",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "max_matching_ngram_size",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "assistant_ensemble_weight",
+    "speculation_type",
+    "transformers_version",
+}
+#: Options that transformers reads only where it samples.
+_SAMPLING = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+#: What options that are not supported may be set to, because it is to leave them off; None is so everywhere.
+_OFF: dict[str, tuple[object, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "penalty_alpha": (0.0,),
+    "guidance_scale": (1.0,),
+    # What some models name for their own generate: a FluxCache takes the place of either.
+    "cache_implementation": ("dynamic", "hybrid"),
+}
+
+
+def _merged(model: PreTrainedModel, given: GenerationConfig | None) -> GenerationConfig:
+    """The request's options, those it leaves unset (None) filled from the model's, as transformers' generate does."""
+    config = copy.deepcopy(given) if given is not None else GenerationConfig()
+    for name, value in vars(model.generation_config).items():
+        if not name.startswith("_") and getattr(config, name, None) is None:
+            setattr(config, name, value)
+    if config.top_k is None:
+        config.top_k = _TOP_K
+    return config
 
 
 def _check_config(config: GenerationConfig) -> None:
-    neutral = {None, 0, 1, ()}
-    for name in _UNSUPPORTED:
+    """Raise ValueError for an option that would change the answer and is not supported."""
+    for name, default in vars(GenerationConfig()).items():
         value = getattr(config, name, None)
-        if isinstance(value, list) or value not in neutral:
-            raise ValueError(f"{name}={value!r} is not supported here; use the attached model's own generate() for it")
+        if name.startswith("_") or name in _READ or name in _MOOT or value is None or value is False:
+            continue
+        if name in _SAMPLING and not config.do_sample:
+            continue
+        is_empty = isinstance(value, (list, tuple, dict, set, str)) and not value
+        if is_empty or value == default or value in _OFF.get(name, ()):
+            continue
+        instead = "pass chunk_tokens" if name == "prefill_chunk_size" else "use the attached model's own generate()"
+        raise ValueError(f"{name}={value!r} is not supported here; {instead} for it")
+
+
+def _limit(config: GenerationConfig, max_new_tokens: int | None, longest: int) -> int:
+    """New tokens a row: the argument, else the config's max_new_tokens, else what max_length leaves."""
+    limit = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if limit is None:
+        # Of 20, transformers cannot tell whether it was set, and takes it for its own default: 20 new tokens.
+        unset = config.max_length is None or config.max_length == _NEW_TOKENS
+        limit = _NEW_TOKENS if unset else config.max_length - longest
+        if limit < 1:
+            raise ValueError(f"max_length={config.max_length} leaves no new token after a prompt of {longest} tokens")
+    if limit < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+    return limit
 
 
 #: Answers this long pay for timing launch configurations, once for each size of request.
@@ -255,6 +356,7 @@ def prefill(
     except BaseException:
         cache.clear()
         raise
+    controller.last_route = cache.route
     states = torch.stack([state for state in last if state is not None])
     logits: Tensor = controller.model.get_output_embeddings()(states)
     # Of a model on several devices, the head may lie on the last one.
@@ -309,10 +411,11 @@ def generate(
     Args:
         model: an attached causal LM (`attach`).
         input_ids: int64 `[B, T]` with `attention_mask` for padding, or a list of unpadded prompts.
-        generation_config: sampling and stopping; None = the model's.
+        generation_config: sampling and stopping. Options it leaves unset (None) are the model's, then transformers'
+            defaults, as in transformers' generate; `eos_token_id=[]` never stops.
         max_new_tokens: overrides the config's.
         route: of the rows; None asks the controller's policy (the router).
-        pool: KV pages to live in; None allocates exactly what the request needs.
+        pool: KV pages to live in, given back if this raises; None allocates exactly what the request needs.
         chunk_tokens: tokens of one prefill pass; bounds the activations, not the result.
         cuda_graph: replay decode steps as a graph; None = on CUDA, where the model lies on one device as a whole.
         tuned: time launch configurations before decoding a new size of request (`tune`); None = where decode steps
@@ -324,20 +427,18 @@ def generate(
     then call this with the same prompts and get the same routes and tokens, drawn ones being the first rank's.
 
     Raises:
-        ValueError: empty prompts, prompts over the model's context, unsupported options, an inline router with a
-            prompt longer than `chunk_tokens`.
+        ValueError: empty prompts, prompts over the model's context, options set to what is not supported, an inline
+            router with a prompt longer than `chunk_tokens`, a pool made for another model.
         PoolExhaustedError: the pool cannot hold the request; nothing was computed.
     """
     controller = attached(model)
-    config = generation_config or model.generation_config
+    config = _merged(model, generation_config)
     _check_config(config)
-    limit = max_new_tokens if max_new_tokens is not None else (config.max_new_tokens or 20)
-    if limit < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
     if isinstance(input_ids, Tensor) and input_ids.ndim == 2 and input_ids.numel() and attention_mask is None:
         controller.check_padding(input_ids)
     prompts = _prompts(input_ids, attention_mask)
     lengths = [prompt.numel() for prompt in prompts]
+    limit = _limit(config, max_new_tokens, max(lengths))
     _check_lengths(controller, lengths, limit)
     graph = _use_graph(controller, cuda_graph)
     if tuned and not graph:
@@ -360,25 +461,35 @@ def generate(
     routed = time.perf_counter()
 
     cache = controller.new_cache(pool=pool, max_row_tokens=max(lengths) + limit)
-    if inline or hybrid:
-        # Sliding layers keep transformers' own batched cache, and inline routing needs whole prompts: both take one
-        # left-padded pass.
-        logits = _padded_prefill(controller, prompts, cache, route)
-    else:
-        assert route is not None
-        cache.set_route(route)
-        if pool is None:
-            cache.use_pools(_exact_pools(controller, route, [n + limit for n in lengths]))
-        logits = prefill(controller, prompts, cache, chunk_tokens=chunk_tokens, max_new_tokens=limit)
-    sync()
-    prefilled = time.perf_counter()
-    assert cache.route is not None
-    memory, route = cache.memory(), cache.route
+    try:
+        exact: dict[torch.device, PagePool] = {}
+        if inline or hybrid:
+            # Sliding layers keep transformers' own batched cache, and inline routing needs whole prompts: both take
+            # one left-padded pass.
+            logits = _padded_prefill(controller, prompts, cache, route, limit)
+        else:
+            assert route is not None
+            cache.set_route(route)
+            if pool is None:
+                exact = _exact_pools(controller, route, [n + limit for n in lengths])
+                cache.use_pools(exact)
+            logits = prefill(controller, prompts, cache, chunk_tokens=chunk_tokens, max_new_tokens=limit)
+        sync()
+        prefilled = time.perf_counter()
+        assert cache.route is not None
+        memory, route = cache.memory(), cache.route
 
-    if graph and (limit >= _TUNED_FROM if tuned is None else tuned):
-        tune(controller, cache)
-    tokens = _decode(controller, cache, prompts, logits, config, limit, graph, on_token, generator)
-    sync()
+        if graph and (limit >= _TUNED_FROM if tuned is None else tuned):
+            tune(controller, cache)
+        tokens = _decode(controller, cache, prompts, logits, config, limit, graph, on_token, generator)
+        sync()
+    except BaseException:
+        # The caller gets no cache to clear, and would lose these pages of their pool for good.
+        cache.clear()
+        raise
+    for own in exact.values():
+        # A second turn may need more than this request did; graphs that knew the pages' place are gone by now.
+        own.max_pages = None
     return Generation(
         tokens,
         route,
@@ -394,11 +505,11 @@ def _exact_pools(controller: FluxAttention, route: Route, tokens: Sequence[int])
     """Pools of just the pages that rows of `tokens` tokens hold under `route`: one a device, allocated once."""
     backbone, config = controller.config.backbone, controller.config
     assert backbone is not None
-    page, sinks = config.block_tokens, config.sink_tokens
+    page = config.block_tokens
     pages = dict.fromkeys(controller.layer_devices, 0)
     for row, n in enumerate(tokens):
         whole = -(-n // page)
-        streaming = min(whole, (sinks + config.window_tokens) // page + 1)
+        streaming = min(whole, streaming_pages(config))
         for layer, device in enumerate(controller.layer_devices):
             drops = REGISTRY[config.sparse_mode].drops_keys and not bool(route.use_full[layer, row])
             pages[device] += streaming if drops else whole
@@ -410,7 +521,7 @@ def _exact_pools(controller: FluxAttention, route: Route, tokens: Sequence[int])
 
 
 def _padded_prefill(
-    controller: FluxAttention, prompts: Sequence[Tensor], cache: FluxCache, route: Route | None
+    controller: FluxAttention, prompts: Sequence[Tensor], cache: FluxCache, route: Route | None, max_new_tokens: int = 0
 ) -> Tensor:
     device = controller.device
     columns = max(p.numel() for p in prompts)
@@ -421,11 +532,13 @@ def _padded_prefill(
         mask[row, columns - prompt.numel() :] = 1
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     policy = controller.policy if route is None else Fixed(route)
+    cache.headroom = max_new_tokens
     with controller.using(policy, controller.dial):
         kept = cache_argument(controller.decoder, cache)
         hidden = controller.decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **kept
         ).last_hidden_state
+    cache.headroom = 0
     logits: Tensor = controller.model.get_output_embeddings()(hidden[:, -1])
     return logits.to(device)
 
@@ -507,6 +620,10 @@ def _decode(
             break
     for item in pending:
         take(item)
+    routable = len(controller.layers) == controller.decoder.config.num_hidden_layers
+    if rows == 1 and routable and cache.lengths[0] > prompts[0].numel() + len(found[0]):
+        # Looked at a step late, an answer's end has been followed by one token more.
+        cache.retract()
     return found
 
 

@@ -409,10 +409,14 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m flux_attention.report readme [README.md]", file=sys.stderr)
         return 2
     path = Path(arguments[1] if len(arguments) > 1 else "README.md")
-    before = path.read_text(encoding="utf-8")
     # A page of docs/ lies deeper in the checkout than the README.
-    above = [folder / RESULTS for folder in path.resolve().parents]
-    after = fill_readme(before, read_results(next((folder for folder in above if folder.is_dir()), above[0])))
+    above = (folder / RESULTS for folder in path.resolve().parents)
+    results = next((folder for folder in above if folder.is_dir()), None)
+    if not path.is_file() or results is None:
+        print(f"{path}: " + (f"no {RESULTS} above it" if path.is_file() else "no such file"), file=sys.stderr)
+        return 2
+    before = path.read_text(encoding="utf-8")
+    after = fill_readme(before, read_results(results))
     if after != before:
         path.write_text(after, encoding="utf-8")
     print(f"{path}: {'written anew' if after != before else 'up to date'}")

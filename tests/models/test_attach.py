@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, StaticCache
 
 from flux_attention.config import FluxConfig
+from flux_attention.generation import generate
 from flux_attention.models.attach import attach, attached, detach
 from flux_attention.models.step import SoftRouting
 from flux_attention.route import AllSparse, Dense, Dial, Fixed, Random, Route, Static
@@ -470,3 +471,73 @@ def test_bad_routes_and_dials():
         controller.route(make_prompts(60, 0))
     with pytest.raises(ValueError, match="not inputs_embeds"), torch.no_grad():
         model(inputs_embeds=torch.zeros(1, 60, 96))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention", "flash_attention_2"])
+@torch.no_grad()
+def test_sliding_layers_of_a_model_loaded_with_another_implementation(implementation):
+    """They get a mask and a function that belong together."""
+    ids, mask = left_pad(make_prompts(*LENGTHS))
+    expected = logits_of(make_model("gemma3"), ids, mask)
+    model = make_model("gemma3")
+    model.config._attn_implementation = implementation
+    controller = attach(model, CONFIG)
+    with controller.using(Dense()):
+        assert worst(logits_of(model, ids, mask), expected, mask) <= TOLERANCE
+    detach(model)
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["ALL_MASK_ATTENTION_FUNCTIONS.register", "importable"])
+def test_an_attach_that_fails_is_undone(error, name, monkeypatch):
+    """Whatever it fails with, and wherever: before anything is set, or after all of it."""
+
+    def fail(*args):
+        raise error
+
+    model = make_model("llama")
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    monkeypatch.setattr(f"flux_attention.models.attach.{name}", fail)
+    # On CUDA only is it asked what can be imported.
+    monkeypatch.setattr("flux_attention.models.controller.FluxAttention.device", torch.device("cuda"))
+    with pytest.raises(error):
+        attach(model, CONFIG)
+    monkeypatch.undo()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    attach(model, CONFIG)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@torch.no_grad()
+def test_autocast(fuse):
+    """Its values come in bfloat16, its rotated queries and keys in float32; a cache is begun in the model's dtype."""
+    model = make_model("llama")
+    model.generation_config.eos_token_id = None
+    ids, mask = left_pad(make_prompts(*LENGTHS))
+    arguments = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits_of(model, ids, mask)
+    controller = attach(model, CONFIG, fuse=fuse)
+    opinionated(controller)
+    with torch.autocast("cpu", torch.bfloat16):
+        with controller.using(Dense()):
+            found = logits_of(model, ids, mask)
+            again = model.generate(ids, **arguments)
+            ours = generate(model, make_prompts(*LENGTHS), max_new_tokens=4).tokens
+        logits_of(model, ids, mask)
+    # bfloat16 rounds differently by the order of sums.
+    assert ((found - expected) * mask[..., None]).abs().mean() <= 0.01 * expected.abs().mean()
+    assert again.shape[1] == ids.shape[1] + 4 and [len(tokens) for tokens in ours] == [4] * len(LENGTHS)
+    assert controller.last_route is not None and 0 < controller.last_route.sparsity.mean() < 1
+
+
+@torch.no_grad()
+def test_mixed_dtypes_without_autocast_are_refused():
+    model = make_model("llama")
+    controller = attach(model, CONFIG)
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, args, out: out.bfloat16())
+    with controller.using(Dense()), pytest.raises(ValueError, match="must share a floating dtype"):
+        model(make_prompts(40)[0][None], use_cache=False)

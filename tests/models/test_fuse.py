@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flux_attention.generation import generate
-from flux_attention.models.attach import attach, detach
+from flux_attention.models import fuse as fuse_module
+from flux_attention.models.attach import attach, attached, detach
 from flux_attention.models.families import FAMILIES as ROWS
 from flux_attention.route import Dense, Fixed
 from tests.models.test_attach import logits_of, opinionated, worst
-from tests.models.tiny import CONFIG, FAMILIES, left_pad, make_model, make_prompts, mixed_route
+from tests.models.tiny import CONFIG, FAMILIES, SHAPE, VOCABULARY, left_pad, make_model, make_prompts, mixed_route
 
 FUSABLE = [name for name in FAMILIES if name in ROWS and ROWS[name].fusable]
 LENGTHS = (150, 111, 73)
@@ -211,3 +214,180 @@ def test_captured_outputs_are_the_models():
     found = model(ids, use_cache=False, output_hidden_states=True).hidden_states
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_biased_mlps_are_refused():
+    """One-token products up know no bias; the biases of all other projections are added."""
+    torch.manual_seed(0)
+    model = biased(LlamaForCausalLM(LlamaConfig(**SHAPE, mlp_bias=True)).eval())
+    with pytest.raises(ValueError, match="MLPs have biases"):
+        attach(model, CONFIG, fuse=True)
+    torch.manual_seed(0)
+    model = biased(LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)).eval())
+    generator = torch.Generator().manual_seed(4)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.bias = nn.Parameter(torch.randn(96, generator=generator))
+    model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY, generator=generator))
+    assert one_by_one(model, fuse=True) == one_by_one(model, fuse=False)
+
+
+@torch.no_grad()
+def test_a_probe_adds_the_bias_of_values_alone():
+    model, prompts = make_model("llama"), make_prompts(*LENGTHS)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.bias = nn.Parameter(torch.randn(32, generator=torch.Generator().manual_seed(4)))
+    controller = attach(model, CONFIG, fuse=False)
+    expected = controller.probe(prompts)
+    detach(model)
+    torch.testing.assert_close(attach(model, CONFIG, fuse=True).probe(prompts), expected, rtol=0, atol=TOLERANCE)
+
+
+def one_by_one(model, fuse: bool) -> list[int]:
+    """Tokens of one prompt, which a fused model generates by its one-token path; the model is detached again."""
+    model.generation_config.eos_token_id = None
+    controller = attach(model, CONFIG, fuse=fuse)
+    route = mixed_route(len(controller.layers), 1)
+    tokens = generate(model, make_prompts(LENGTHS[0]), max_new_tokens=16, route=route).tokens[0]
+    detach(model)
+    return tokens
+
+
+class Low(nn.Module):
+    """A linear layer with something of low rank added, as adapters wrap it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.base = base
+        self.down = nn.Parameter(torch.randn(4, base.in_features, generator=generator) * 0.2)
+        self.up = nn.Parameter(torch.randn(base.out_features, 4, generator=generator) * 0.2)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.t() @ self.up.t()
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "forward"])
+@torch.no_grad()
+def test_modules_replaced_after_the_attach_are_run(name):
+    def tokens(fuse: bool, wrap: bool) -> list[int]:
+        model = biased(make_model("qwen3"))
+        model.generation_config.eos_token_id = None
+        controller = attach(model, CONFIG, fuse=fuse)
+        for layer in controller.decoder.layers if wrap else ():
+            if name == "forward":
+                layer.mlp.forward = lambda x, mlp=layer.mlp: 2 * type(mlp).forward(mlp, x)
+            else:
+                parent, _, child = name.rpartition(".")
+                module = layer.get_submodule(parent)
+                setattr(module, child, Low(getattr(module, child)))
+        route = mixed_route(len(controller.layers), 1)
+        found = generate(model, make_prompts(LENGTHS[0]), max_new_tokens=16, route=route).tokens[0]
+        detach(model)
+        return found
+
+    expected = tokens(fuse=False, wrap=True)
+    assert expected != tokens(fuse=False, wrap=False)
+    assert tokens(fuse=True, wrap=True) == expected
+
+
+@torch.no_grad()
+def test_weights_assigned_after_the_attach_are_used():
+    model, other = biased(make_model("qwen3")), biased(make_model("qwen3", seed=1))
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "norm" in name:
+                parameter.mul_(2)
+    ids, mask = left_pad(make_prompts(*LENGTHS))
+    expected = logits_of(other, ids, mask)
+    controller = attach(model, CONFIG, fuse=True)
+    model.load_state_dict(other.state_dict(), assign=True)
+    with controller.using(Dense()):
+        assert worst(logits_of(model, ids, mask), expected, mask) <= TOLERANCE
+
+
+def by_deepcopy(model):
+    return copy.deepcopy(model)
+
+
+def by_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [by_deepcopy, by_save])
+@torch.no_grad()
+def test_a_copy_is_its_own_model(duplicate):
+    model = biased(make_model("qwen3"))
+    ids, mask = left_pad(make_prompts(*LENGTHS))
+    controller = attach(model, CONFIG, fuse=True)
+    opinionated(controller)
+    expected = logits_of(model, ids, mask)
+    other = duplicate(model)
+    assert attached(other) is not controller
+    assert worst(logits_of(other, ids, mask), expected, mask) <= TOLERANCE
+    for parameter in other.model.layers.parameters():
+        parameter.zero_()
+    other.lm_head.weight.zero_()
+    other.model.norm.weight.zero_()
+    assert logits_of(other, ids, mask).abs().max() == 0
+    assert torch.equal(logits_of(model, ids, mask), expected)
+    detach(other)
+    assert not any("forward" in vars(module) for module in other.modules())
+    assert torch.equal(logits_of(model, ids, mask), expected)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_fusion_that_fails_half_way_is_undone(after, monkeypatch):
+    model = make_model("qwen2")
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    lay_together, calls = fuse_module._lay_together, []
+
+    def fail(*tensors):
+        if len(calls) == after:
+            raise torch.OutOfMemoryError
+        calls.append(1)
+        lay_together(*tensors)
+
+    monkeypatch.setattr(fuse_module, "_lay_together", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        attach(model, CONFIG, fuse=True)
+    monkeypatch.undo()
+    set_forward, set_calls = fuse_module.Fusion._set, []
+
+    def fail_later(self, module, forward):
+        if len(set_calls) == after:
+            raise KeyboardInterrupt
+        set_calls.append(1)
+        set_forward(self, module, forward)
+
+    monkeypatch.setattr(fuse_module.Fusion, "_set", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, CONFIG, fuse=True)
+    monkeypatch.undo()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert model.config._attn_implementation == "sdpa"
+    for layer in model.model.layers:
+        k, v = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
+        assert k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    attach(model, CONFIG, fuse=True)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@torch.no_grad()
+def test_hooks_on_attention_see_every_decode_step(register):
+    model = make_model("qwen3")
+    model.generation_config.eos_token_id = None
+    attach(model, CONFIG, fuse=True)
+    seen = []
+    getattr(model.model.layers[1].self_attn, register)(lambda *_: seen.append(1))
+    prompt = make_prompts(40)[0][None]
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    assert len(seen) == 6

@@ -9,9 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 from flux_attention import generation
-from flux_attention.cache import PagePool, PoolExhaustedError
+from flux_attention.cache import PagePool, PoolExhaustedError, cache_argument
 from flux_attention.generation import generate
-from flux_attention.models.attach import attach
+from flux_attention.models.attach import attach, attached
 from flux_attention.route import Dial, Fixed, Route
 from tests.models.test_attach import opinionated
 from tests.models.tiny import CONFIG, FAMILIES, left_pad, make_model, make_prompts, mixed_route
@@ -69,7 +69,7 @@ def test_stops_samples_and_reports():
     model = make_model("llama")
     attach(model, CONFIG)
     (prompt,) = make_prompts(80)
-    free = generate(model, prompt, max_new_tokens=12, generation_config=GenerationConfig(eos_token_id=None))
+    free = generate(model, prompt, max_new_tokens=12, generation_config=GenerationConfig(eos_token_id=[]))
     stop = free.tokens[0][5]
     seen: list[tuple[int, int]] = []
     config = GenerationConfig(eos_token_id=[stop, 96])
@@ -137,3 +137,175 @@ def test_inline_router_needs_whole_prompts():
     assert 0 < result.route.sparsity.mean() < 1
     with pytest.raises(ValueError, match="sees a prompt whole"):
         generate(model, prompts, chunk_tokens=64)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_request_that_fails_gives_its_pages_back(error):
+    model = make_model("llama")
+    attach(model, CONFIG)
+    (prompt,) = make_prompts(80)
+    pool = PagePool(16, 2, 16, torch.float32, "cpu", max_pages=60)
+
+    def fail(row: int, token: int) -> None:
+        raise error
+
+    with pytest.raises(error):
+        generate(model, prompt, max_new_tokens=4, pool=pool, on_token=fail)
+    assert pool.free_pages == 60
+
+
+@pytest.mark.parametrize("kind", ["streaming", "inline", "hybrid"])
+def test_a_pool_too_small_for_the_answer_is_refused_before_any_work(kind):
+    """… and one that is just large enough holds it: what is counted is what is used."""
+    model = make_model("gemma3" if kind == "hybrid" else "llama")
+    model.generation_config.eos_token_id = None
+    controller = attach(model, replace(CONFIG, router_input="inline") if kind == "inline" else CONFIG)
+    layers = len(controller.layers)
+    # 160 tokens end with a page, where a streaming row holds one page less than just before.
+    (prompt,) = make_prompts(144)
+    route = None if kind == "inline" else Route(torch.zeros(layers, 1, dtype=torch.bool))
+    # An inline router may choose full attention everywhere.
+    enough = layers * (10 if kind == "inline" else 4)
+    for pages in range(layers, enough):
+        pool, seen = PagePool(16, 2, 16, torch.float32, "cpu", max_pages=pages), []
+        with pytest.raises(PoolExhaustedError):
+            generate(
+                model, prompt, max_new_tokens=16, pool=pool, route=route, on_token=lambda *t, seen=seen: seen.append(t)
+            )
+        assert not seen and pool.free_pages == pages
+    pool = PagePool(16, 2, 16, torch.float32, "cpu", max_pages=enough)
+    assert len(generate(model, prompt, max_new_tokens=16, pool=pool, route=route).tokens[0]) == 16
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_options_left_unset_are_the_models_as_in_transformers(sample):
+    model = make_model("llama")
+    controller = attach(model, CONFIG)
+    (prompt,) = make_prompts(60)
+    config = GenerationConfig(max_new_tokens=10, do_sample=sample, pad_token_id=0)
+
+    def both(config: GenerationConfig) -> tuple[list[int], list[int]]:
+        with controller.using(Fixed(mixed_route(4, 1))):
+            torch.manual_seed(0)
+            ours = generate(model, prompt, generation_config=config).tokens[0]
+            torch.manual_seed(0)
+            theirs = model.generate(prompt[None], generation_config=config)[0, 60:].tolist()
+        return ours, theirs
+
+    # Of the model: a penalty, and sampling options that count only where it samples.
+    model.generation_config.update(eos_token_id=None, repetition_penalty=1.3, temperature=2.0, top_p=0.9, typical_p=1.0)
+    ours, theirs = both(config)
+    assert ours == theirs and len(ours) == 10
+    stop = next(token for i, token in enumerate(ours) if i and token not in ours[:i])
+    model.generation_config.eos_token_id = stop
+    ours, theirs = both(config)
+    assert ours == theirs and ours[-1] == stop and len(ours) < 10
+    assert len(
+        generate(model, prompt, generation_config=GenerationConfig(eos_token_id=[], max_new_tokens=10)).tokens[0]
+    )
+    model.generation_config.eos_token_id = None
+    for length in (None, 64):
+        ours, theirs = both(GenerationConfig(max_length=length, do_sample=sample, pad_token_id=0))
+        assert ours == theirs and len(ours) == (20 if length is None else 4)
+    with pytest.raises(ValueError, match="max_length=60 leaves no new token"):
+        generate(model, prompt, generation_config=GenerationConfig(max_length=60))
+
+
+def test_sampling_draws_from_transformers_default_of_50():
+    model = make_model("llama")
+    attach(model, CONFIG)
+    (prompt,) = make_prompts(40)
+    with torch.no_grad():
+        best = set(model(prompt[None]).logits[0, -1].topk(50).indices.tolist())
+    config = GenerationConfig(do_sample=True, temperature=4.0, max_new_tokens=1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = generate(model, [prompt] * 200, generation_config=config, generator=generator).tokens
+    assert {row[0] for row in drawn} <= best
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_return_sequences": 2, "do_sample": True},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 1},
+        {"min_length": 5},
+        {"suppress_tokens": [5]},
+        {"begin_suppress_tokens": [5]},
+        {"bad_words_ids": [[5]]},
+        {"sequence_bias": {(5,): -10.0}},
+        {"typical_p": 0.2, "do_sample": True},
+        {"eta_cutoff": 0.1, "do_sample": True},
+        {"epsilon_cutoff": 0.1, "do_sample": True},
+        {"max_time": 1},
+        {"guidance_scale": 1.5},
+        {"forced_eos_token_id": 0},
+        {"exponential_decay_length_penalty": (5, 1.5)},
+        {"remove_invalid_values": True},
+        {"stop_strings": ["x"]},
+        {"cache_implementation": "quantized"},
+        {"output_scores": True, "return_dict_in_generate": True},
+        {"prefill_chunk_size": 16},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_are_not_supported_are_refused(options):
+    """Of the request or of the model: transformers would heed either."""
+    model = make_model("llama")
+    attach(model, CONFIG)
+    prompt, name = torch.full((1, 9), 5), next(iter(options))
+    with pytest.raises(ValueError, match=f"{name}=.* is not supported here"):
+        generate(model, prompt, generation_config=GenerationConfig(max_new_tokens=2, **options))
+    for key, value in options.items():
+        setattr(model.generation_config, key, value)
+    with pytest.raises(ValueError, match=f"{name}=.* is not supported here"):
+        generate(model, prompt, max_new_tokens=2)
+
+
+def test_options_that_are_off_or_change_nothing_pass():
+    model = make_model("llama")
+    attach(model, CONFIG)
+    # Every option at the value that transformers itself fills in, and what published models set.
+    for name, value in GenerationConfig._get_default_generation_params().items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.cache_implementation = "hybrid"
+    model.generation_config.typical_p = 0.5
+    model.generation_config.chat_format = "chatml"
+    config = GenerationConfig(do_sample=False, eos_token_id=[], max_new_tokens=3, guidance_scale=1.0, num_beams=1)
+    assert len(generate(model, torch.full((1, 9), 5), generation_config=config).tokens[0]) == 3
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@torch.no_grad()
+def test_second_turn_on_the_cache(late, monkeypatch):
+    """By default the pool has just the request's pages; an end that is seen a step late leaves nothing behind it."""
+    monkeypatch.setattr(generation, "_late", lambda device: late)
+    model = make_model("llama")
+    attach(model, CONFIG)
+    route = mixed_route(4, 1)
+    (turn,) = make_prompts(40, seed=5)
+    for length in range(140, 157):
+        (prompt,) = make_prompts(length, seed=length)
+        free = generate(
+            model, prompt, max_new_tokens=6, generation_config=GenerationConfig(eos_token_id=[]), route=route
+        )
+        for stop in ([], [free.tokens[0][3]]):
+            config = GenerationConfig(eos_token_id=stop, max_new_tokens=6)
+            result = generate(model, prompt, generation_config=config, route=route)
+            text = torch.cat((prompt, torch.tensor(result.tokens[0]), turn))
+            held = result.cache.lengths[0]
+            assert length < held <= text.numel() - turn.numel()
+            out = model(text[None, held:], **cache_argument(model, result.cache)).logits
+            with attached(model).using(Fixed(route)):
+                whole = model(text[None], use_cache=False).logits[:, held:]
+            assert (out - whole).abs().max() <= 1e-4
+
+
+def test_last_route_is_set():
+    model = make_model("llama")
+    controller = attach(model, CONFIG)
+    (prompt,) = make_prompts(60)
+    for route in (Route.full(4, 1), mixed_route(4, 1)):
+        generate(model, prompt, max_new_tokens=2, route=route)
+        assert controller.last_route is not None
+        assert torch.equal(controller.last_route.use_full, route.use_full)

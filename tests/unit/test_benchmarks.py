@@ -234,6 +234,41 @@ def test_no_speed_without_its_check(serving, tmp_path, monkeypatch, capfd):
         serving.main()
 
 
+@pytest.mark.parametrize(("more", "kept"), [((), True), (("--shape", '{"num_hidden_layers": 2}'), False)])
+def test_a_rehearsal_of_serving_keeps_nothing(serving, monkeypatch, more, kept):
+    folders = []
+
+    def note(sections, recorder, until=None):
+        folders.append(recorder.folder)
+        return 1
+
+    monkeypatch.setattr(serving, "run_sections", note)
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--gpu", "--commit", "abc", *more])
+    assert serving.main() == 1
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--gpu", "--commit", "abc", *more, "--out", "elsewhere"])
+    assert serving.main() == 1
+    assert folders == [Path("benchmarks/results") if kept else None, Path("elsewhere")]
+
+
+def test_a_rehearsal_of_generate_keeps_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    import generate_parallel
+
+    folders = []
+
+    def note(sections, recorder, until):
+        folders.append(recorder.folder)
+        return 1
+
+    monkeypatch.setattr(generate_parallel, "run_sections", note)
+    monkeypatch.setattr(generate_parallel.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+    for arguments in (["--tiny"], ["--tiny", "--out", "elsewhere"], []):
+        monkeypatch.setattr(sys, "argv", ["generate_parallel.py", "--device", "cpu", *arguments])
+        assert generate_parallel.main() == 1
+    assert folders == [None, Path("elsewhere"), Path("benchmarks/results")]
+
+
 def test_loads_by_the_time_there_is(serving):
     assert serving.parse_loads("32768x16,131072x4") == [(32768, 16), (131072, 4)]
     for text in ("", "32768", "x4", "32768x0", "-1x2", "32768x4x4"):

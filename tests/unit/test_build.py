@@ -113,6 +113,8 @@ BAD = [
     ({k: v for k, v in GOOD.items() if k != "answer"}, "row 2: field 'answer' is missing"),
     ({**GOOD, "answer": " "}, "row 2: field 'answer' is empty"),
     ({**GOOD, "context": 7}, "row 2: field 'context' must be a string, got int"),
+    ({**GOOD, "context": "a \ud800 b"}, "row 2: field 'context' holds half of a surrogate pair (U+D800, character 3)"),
+    ({**GOOD, "answer": ["\udfff"]}, "row 2: field 'answer' holds half of a surrogate pair"),
     ("not an object", "row 2: expected an object with fields, got str"),
 ]
 

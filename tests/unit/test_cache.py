@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -147,3 +150,60 @@ def test_crop_and_double_begin_are_refused():
     with pytest.raises(RuntimeError, match="already holds rows"):
         cache.begin(3, ROUTE, HK, D, torch.zeros(1))
     assert cache.get_seq_length() == 0 and len(cache) == 2
+
+
+def test_reserve_counts_the_most_a_row_holds_on_its_way():
+    """A streaming row that ends with a page held one page more just before."""
+    route = Route(torch.zeros(1, 1, dtype=torch.bool))
+    for start in (10, 20, 24):
+        for tokens in range(1, 40):
+            cache = make(route=route)
+            assert cache.pool is not None
+            key = torch.randn(start, HK, D, dtype=torch.float64)
+            cache.append(0, 0, key, key)
+            cache.advance(start, [start], decoded=False)
+            held = most = cache.pool.num_pages - cache.pool.free_pages
+            needed = cache.pages_needed(0, 0, tokens)
+            for _ in range(tokens):
+                cache.plan_decode()
+                cache.advance(1, [1], decoded=True)
+                most = max(most, cache.pool.num_pages - cache.pool.free_pages)
+            assert most == max(held, needed), (start, tokens)
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        (PagePool(A * 2, HK, D, torch.float64, "cpu"), "page_tokens 8 where the model's cache has 4"),
+        (PagePool(A, 1, D, torch.float64, "cpu"), "num_kv_heads 1 where the model's cache has 2"),
+        (PagePool(A, HK, 4, torch.float64, "cpu"), "head_dim 4 where the model's cache has 3"),
+        (PagePool(A, HK, D, torch.bfloat16, "cpu"), r"dtype torch\.bfloat16 where .* torch\.float64"),
+        (PagePool(A, HK, D, torch.float64, "meta"), "device meta where the model's cache has cpu"),
+    ],
+)
+def test_a_pool_of_other_pages_is_refused(pool, message):
+    cache = FluxCache(CONFIG, range(2), 2, pool=pool)
+    with pytest.raises(ValueError, match=message):
+        cache.begin(3, ROUTE, HK, D, torch.zeros(1, dtype=torch.float64))
+    assert cache.is_empty and cache.route is None
+
+
+def test_a_dropped_cache_frees_its_pages_at_once():
+    pool = PagePool(A, HK, D, torch.float64, "cpu", max_pages=4)
+    gone = weakref.ref(pool)
+    gc.disable()
+    try:
+        cache = FluxCache(CONFIG, range(2), 2, pool=pool)
+        cache.begin(3, ROUTE, HK, D, pool.keys)
+        del cache, pool
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copied_cache_counts_for_itself():
+    cache = make()
+    cache.advance(5, [5, 5, 5], decoded=False)
+    copied = copy.deepcopy(cache)
+    copied.advance(2, [2, 2, 2], decoded=False)
+    assert (cache.get_seq_length(), copied.get_seq_length()) == (5, 7)

@@ -1,5 +1,6 @@
 """The command line: every command on a tiny model, and one clean line for every kind of bad input."""
 
+import io
 import json
 import subprocess
 import sys
@@ -133,18 +134,73 @@ def test_train_writes_an_adapter(run, places, tmp_path):
     assert all(map(torch.equal, first, same)) and not all(map(torch.equal, first, other))
 
 
+def test_training_is_resumed_on_its_own_data(run, places, tmp_path):
+    pytest.importorskip("accelerate")
+    rows = {}
+    for name, word in (("first", "7"), ("other", "8")):
+        rows[name] = tmp_path / f"{name}.jsonl"
+        row = {"context": f"The code is {word}. " * 40, "question": "Which code?", "answer": word, "task": "qa"}
+        rows[name].write_text("\n".join(json.dumps(row) for _ in range(2)))
+
+    def train(data, *more, share=0.5, lengths="3000"):
+        settings = ("--steps", 2, "--batch-size", 1, "--accumulation", 1, "--window-tokens", 128, "--save-steps", 1)
+        where = ("--out", tmp_path / "adapter", "--runs", tmp_path / "runs", "--data", rows[data])
+        return run(
+            "train", *places[:2], *places[4:], *settings, *where, "--data-share", share, "--lengths", lengths, *more
+        )
+
+    assert train("first")[0] == 0
+    for code, _, err in (
+        train("other", "--resume"),
+        train("first", "--resume", share=0.6),
+        train("first", "--resume", lengths="3100"),
+    ):
+        # As many samples, and the same settings beside them.
+        assert code == 2 and "other settings (then → now): data: " in err
+    code, _, err = train("first", "--resume")
+    assert code == 0, err
+
+
 def test_bench_names_what_there_is(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run("bench", "kernels")
     assert code == 2 and "checkout of the project" in err
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "hello.py").write_text("import sys\nprint('hello', sys.argv[1:])\n")
+    (tmp_path / "benchmarks" / "hello.py").write_text("import sys\nprint('hello', sys.argv[1:])  # __main__\n")
+    (tmp_path / "benchmarks" / "shared.py").write_text("WORD = 1\n")
     code, _, err = run("bench", "kernels")
-    assert code == 2 and "known: hello" in err
+    assert code == 2 and err.endswith("known: hello")
+    assert "NAME is one of hello" in run("bench", "--help")[1]
+    assert run("bench", "hello", "--help")[1].strip() == "hello ['--help']"
     assert run("bench", "hello", "--quick")[1].strip() == "hello ['--quick']"
 
 
+def test_a_benchmark_finds_what_lies_beside_it(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "beside_greeting.py").write_text("WORD = 'found'\n")
+    (tmp_path / "benchmarks" / "greet.py").write_text("from beside_greeting import WORD\nprint(WORD)  # __main__\n")
+    before = list(sys.path)
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    code, out, err = run("bench", "greet")
+    assert (code, out.strip()) == (0, "found"), err
+    assert sys.path == before
+
+
+def test_text_that_is_no_utf8_is_refused(run, monkeypatch):
+    class Input:
+        buffer = io.BytesIO(b"caf\xe9")
+
+    monkeypatch.setattr(sys, "stdin", Input)
+    code, _, err = run("route", "-f", "-")
+    assert code == 2 and "standard input is not UTF-8 text" in err
+    code, _, err = run("route", "-p", b"caf\xe9".decode(errors="surrogateescape"))
+    assert code == 2 and "the prompt 'caf?' is not UTF-8 text" in err
+
+
 BAD = [
+    (["eval", "--suite", "continuation", "--figure", "x.png"], "the suite 'continuation' has none of"),
+    (["eval", "--record", "--min-sparsity", "0.5"], "leave out the dial and --scoring"),
     (["route", "-p", "x", "--min-sparsity", "1.5"], "min_sparsity must be a number in [0, 1], got 1.5"),
     (["route", "-p", "x", "--min-sparsity", "0.8", "--max-sparsity", "0.2"], "min_sparsity 0.8 is above max_sparsity"),
     (["route", "-p", "x", "--policy", "sometimes"], "unknown policy 'sometimes'; the forms are router, dense"),
@@ -194,8 +250,13 @@ def test_an_unknown_family_or_model_is_named(run, tmp_path):
 
 
 def test_training_lengths_are_checked_before_the_run(run, places, tmp_path):
-    for lengths, message in (("300", "needs more than length=300 tokens"), ("9000", "--lengths 9000 is over the")):
-        code, _, err = run("train", *places[:2], *places[4:], "--out", tmp_path / "a", "--lengths", lengths)
+    for lengths, message in (
+        ("300", "needs more than length=300 tokens"),
+        ("9000", "--lengths 9000 is over the"),
+        ("256,900", "a router learns nothing from such samples"),
+    ):
+        settings = ("--out", tmp_path / "a", "--lengths", lengths, "--window-tokens", 128)
+        code, _, err = run("train", *places[:2], *places[4:], *settings)
         assert code == 2 and message in err and "0/300" not in err
     assert not (tmp_path / "a").exists()
 

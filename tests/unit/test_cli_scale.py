@@ -61,6 +61,12 @@ def test_from_rows_to_an_adapter(command, backbone, rows, tmp_path):  # noqa: F8
     assert code == 2 and "other settings (then → now): data: " in err
     model = AutoModelForCausalLM.from_pretrained(backbone)
     attach(model, out)
+    # From there with its own settings, which are not the defaults; what it settles is not asked for otherwise.
+    start = ("--start", out, "--runs", tmp_path / "again", "--device", "cpu", "--pack-tokens", 2048, "--steps", 1)
+    where = ("--model", backbone, "--out", tmp_path / "next", "--accumulation", 1)
+    code, _, err = command("train-packs", data, *where, *start)
+    assert code == 0, err
+    assert load_adapter(tmp_path / "next").config.window_tokens == 128
 
 
 def test_the_seed_is_the_whole_of_chance(command, backbone, rows, tmp_path):  # noqa: F811
@@ -104,6 +110,27 @@ def test_check_names_bad_rows(command, backbone, rows):  # noqa: F811
         (["train-packs", "nowhere", "--model", "m", "--out", "x"], "nowhere is no data set"),
         (["train-packs", "nowhere", "--model", "m", "--out", "x", "--quantize", "2bit"], 'must be None or "4bit"'),
         (["train-packs", "d", "--model", "m", "--out", "x", "--pack-tokens", "0"], "pack_tokens must be an integer"),
+        # A default that is asked for counts, too.
+        (
+            [
+                "train-packs",
+                "d",
+                "-m",
+                "m",
+                "-o",
+                "x",
+                "--start",
+                "a",
+                "--window-tokens",
+                "2048",
+                "--router-input=probe",
+            ],
+            "--start a goes on with the adapter's own settings: leave out --router-input, --window-tokens",
+        ),
+        (
+            ["train-packs", "d", "-m", "m", "-o", "x", "--start", "a", "--sparse-mode", "streaming", "--sink-tokens=1"],
+            "leave out --sparse-mode, --sink-tokens",
+        ),
     ],
 )
 def test_bad_input_is_one_line(command, rows, arguments, message):  # noqa: F811

@@ -146,9 +146,14 @@ def test_mixture_balances_classes_in_every_block():
 
 def test_mixture_takes_own_samples(tokenizer):
     own = Sample("mine", HOLISTIC, (5, 6), (7,), ("x",), "f1")
-    mixed = mixture(extra=(own,), extra_share=1.0)
-    drawn = [mixed.sample(i, tokenizer) for i in range(8)]
+    other = Sample("mine", RETRIEVAL, (5, 6), (7,), ("x",), "f1")
+    drawn = [mixture(extra=(own, other), extra_share=1.0).sample(i, tokenizer) for i in range(8)]
+    assert [sum(sample is one for sample in drawn) for one in (own, other)] == [4, 4]
+    # Rows of one class stand beside built-in samples of the other, or alone.
+    drawn = [mixture(extra=(own,), extra_share=0.999).sample(i, tokenizer) for i in range(8)]
     assert sum(sample is own for sample in drawn) == 4
+    alone = mixture(extra=(own,), extra_share=1.0, class_weights={HOLISTIC: 1.0})
+    assert all(alone.sample(i, tokenizer) is own for i in range(8))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +168,7 @@ def test_mixture_takes_own_samples(tokenizer):
         ({"task_weights": {"nope": 1.0}}, "task_weights"),
         ({"class_weights": {"other": 1.0}}, "class_weights"),
         ({"extra_share": 0.5}, "extra"),
+        ({"extra_share": 1.0, "extra": (Sample("a", HOLISTIC, (5,), (7,), ("x",), "f1"),)}, "is of class 'retrieval'"),
     ],
 )
 def test_bad_mixtures(kwargs, message):

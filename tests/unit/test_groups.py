@@ -18,6 +18,7 @@ from flux_attention.training.groups import (
     class_target,
     group_targets,
     largest_sparsity,
+    resolve_rankings,
 )
 
 
@@ -42,6 +43,19 @@ def test_groups_are_parsed():
 def test_bad_groups(text, message):
     with pytest.raises(ValueError, match=message):
         Group.parse(text)
+
+
+def test_shared_rankings_lead_to_the_group_whose_own_they_are():
+    groups = [Group.parse(t) for t in ("a:0.5:kv_lookup", "b:0.6:kv_lookup:=a", "c:0.7:kv_lookup:=b")]
+    found = resolve_rankings(groups)
+    assert [g.like for g in found] == ["", "a", "a"]
+    assert [g.target for g in found] == [0.5, 0.6, 0.7]
+    with pytest.raises(ValueError, match="c shares the ranking of 'b', which must come before it"):
+        resolve_rankings([groups[0], groups[2], groups[1]])
+    with pytest.raises(ValueError, match="two groups are named 'a'"):
+        resolve_rankings([groups[0], groups[0]])
+    with pytest.raises(ValueError, match="must come before it"):
+        resolve_rankings([Group.parse("a:0.5:kv_lookup:=a")])
 
 
 def test_targets_follow_the_ranking_of_a_samples_group():

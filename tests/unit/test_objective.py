@@ -1,15 +1,21 @@
 """Answer positions, the Lagrangian, damage targets, and the training configuration."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flux_attention.data.sample import Sample
+from flux_attention.models.attach import attach
 from flux_attention.route import Dial, Route
 from flux_attention.router import LayerRouter
+from flux_attention.training.checkpoints import ResumeError
 from flux_attention.training.damage import (
     budget_targets,
     rank_positions,
     static_ranking,
 )
+from flux_attention.training.data import Mixture, MixtureDataset, RouterDataset
 from flux_attention.training.features import FeatureDataset, collate_features
 from flux_attention.training.objective import (
     AnswerTokens,
@@ -18,7 +24,9 @@ from flux_attention.training.objective import (
     initialise_bias,
     token_kl,
 )
-from flux_attention.training.trainer import TrainConfig, compact_state
+from flux_attention.training.trainer import RouterTrainer, TrainConfig, compact_state, dataset_key
+
+from .tiny_backbone import CONFIG, make_backbone, make_tokenizer
 
 TARGETS = {"retrieval": 0.5, "holistic": 1.0}
 
@@ -206,6 +214,66 @@ def test_feature_rows_keep_layers_and_samples_apart():
     assert batch["class_index"].tolist() == [1, 0]
     with pytest.raises(ValueError, match="target must be"):
         FeatureDataset(pooled, torch.rand(2, 3), torch.tensor([0, 1, 1]))
+
+
+def test_datasets_as_large_are_told_apart():
+    sample = Sample("qa", "retrieval", (3, 4, 5), (6,), ("x",), "f1")
+    changed = [
+        replace(sample, task_class="holistic"),
+        replace(sample, prompt_ids=(3, 4, 6)),
+        replace(sample, prompt_ids=(3, 4), answer_ids=(5, 6)),
+        replace(sample, answer_ids=(7,)),
+    ]
+    keys = [dataset_key(RouterDataset([sample, other])) for other in (sample, *changed)]
+    keys.append(dataset_key(RouterDataset([changed[0], sample])))
+    assert len(set(keys)) == 6 and None not in keys
+    assert dataset_key(RouterDataset([sample, replace(sample)])) == keys[0]
+
+    plain = Mixture(extra=[sample], extra_share=0.5)
+    weights = {"retrieval": 0.4, "holistic": 0.6}
+    mixtures = [
+        plain,
+        replace(plain, tasks=plain.tasks[1:]),
+        replace(plain, lengths=(4096, 4000)),
+        replace(plain, lengths=(4096, 4000), length_weights=(1.0, 2.0)),
+        replace(plain, class_weights=weights),
+        replace(plain, task_weights={"kv_lookup": 2.0}),
+        replace(plain, seed=1),
+        replace(plain, block=4),
+        replace(plain, extra_share=0.6),
+        replace(plain, extra=changed[:1]),
+    ]
+    tokenizer = make_tokenizer()
+    keys = [dataset_key(MixtureDataset(mixture, tokenizer, 8)) for mixture in mixtures]
+    assert len(set(keys)) == len(mixtures) and None not in keys
+    assert dataset_key(MixtureDataset(replace(plain), make_tokenizer(), 8)) == keys[0]
+    tokenizer.add_tokens(["code"])
+    assert dataset_key(MixtureDataset(plain, tokenizer, 8)) != keys[0]
+
+    pooled, target, classes = torch.ones(3, 2, 4), torch.zeros(2, 3), torch.tensor([0, 1])
+    other = pooled.clone()
+    other[2, 1, 3] = 2
+    made = [(pooled, target, classes), (other, target, classes), (pooled, target + 1, classes)]
+    made.append((pooled, target, classes.flip(0)))
+    keys = [dataset_key(FeatureDataset(*parts)) for parts in made]
+    assert len(set(keys)) == 4 and None not in keys
+    assert dataset_key(FeatureDataset(pooled.clone(), target, classes)) == keys[0]
+    assert dataset_key([sample]) is None
+
+
+def test_data_of_another_kind_is_told_by_a_given_key(tmp_path):
+    pytest.importorskip("accelerate")
+    controller = attach(make_backbone(), CONFIG)
+    config = TrainConfig(steps=1, batch_size=2, accumulation=1, save_steps=1)
+    samples = [Sample("qa", "retrieval", tuple(range(3, 60)), (7, 8), ("x",), "f1")] * 2
+
+    def train(key, resume):
+        RouterTrainer(controller, config, samples, tmp_path, progress=False, data_key=key).train(resume)
+
+    train("one", False)
+    train("one", True)
+    with pytest.raises(ResumeError, match="data: 'one' → 'two'"):
+        train("two", True)
 
 
 def test_compact_state_keeps_decisions():

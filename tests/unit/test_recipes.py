@@ -2,20 +2,25 @@
 
 import importlib.util
 import json
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flux_attention.models.adapter import load_adapter
+from flux_attention.models.attach import attach
 from flux_attention.training.build import build
 from flux_attention.training.card import mean_ranking
 from flux_attention.training.launch import main
+from flux_attention.training.meter import CostMeter
 from flux_attention.training.sources import Rows
 
-from .tiny_backbone import LAYERS, make_tokenizer, save_all
+from .tiny_backbone import CONFIG, LAYERS, make_backbone, make_tokenizer, save_all
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -114,3 +119,104 @@ def test_the_smollm2_recipe_runs(tmp_path):
     assert sorted(mean_ranking(tmp_path / "results")) == list(range(LAYERS))
     with pytest.raises(ValueError, match="no rankings"):
         mean_ranking(tmp_path / "card")
+    # Features of the same prompts that another backbone, or one in another precision, would not have.
+    other = make_backbone()
+    other.model.embed_tokens.weight.data[:2] += 1
+    other.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    options += ["--costs", str(tmp_path / "results"), "--out", str(tmp_path / "never")]
+    for changes, message in (
+        (["--backbone", str(tmp_path / "other")], r"weights: \w+ → \w+\. Delete"),
+        (["--dtype", "bfloat16"], "dtype: float32 → bfloat16"),
+    ):
+        with pytest.raises(SystemExit, match=f"features holds features of .*{message}"):
+            load("smollm2").main([*options, *changes])
+
+
+def test_features_are_those_of_their_prompts_and_settings(tmp_path):
+    recipe, path = load("smollm2"), tmp_path / "features"
+    samples = [SimpleNamespace(prompt_ids=tuple(range(5, 5 + n)), answer_ids=(1,)) for n in (40, 60)]
+
+    def probe(samples=samples, weights="w", **changes):
+        controller = attach(make_backbone(), replace(CONFIG, **changes))
+        return recipe.probe(controller, samples, path, CostMeter(controller), weights)
+
+    first = probe()
+    assert torch.equal(probe(), first)
+    # What the sparse side reads is nothing to a probe's file.
+    for changes, message in (
+        ({"samples": samples[:1]}, "samples: "),
+        ({"weights": "v"}, "weights: w → v"),
+        ({"pool_tokens": 12}, "pool_tokens: 8 → 12"),
+        ({"tail_tokens": 4}, "tail_tokens: 0 → 4"),
+    ):
+        with pytest.raises(SystemExit, match=rf"\(then → now\): {message}"):
+            probe(**changes)
+    # A file from before there were such settings in it.
+    save_file({"pooled": first}, path, {"samples": "x", "seconds": "1", "tokens": "1"})
+    with pytest.raises(SystemExit, match="dtype: None → float32"):
+        probe()
+
+
+SIZES = ("--fit-prompts", "8", "--search-lengths", "1500", "--measurements", "8")
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            ["a:98%:kv_lookup"],
+            "group a: the Ω that keeps 0.98 .* give an Ω such as 0.7, or .*=other.* or .*--costs",
+        ),
+        (["a:1:kv_lookup"], "group a: at Ω = 1 no layer is left .* give an Ω below 1, or take"),
+        (["a:0.5:kv_lookup:=b", "b:0.5:kv_lookup"], "a shares the ranking of 'b', which must come before it"),
+    ],
+)
+def test_groups_that_cannot_be_searched_are_refused_at_once(tmp_path, capsys, groups, message):
+    recipe = load("smollm2")
+    options = ["--out", str(tmp_path), *SIZES, *(part for group in groups for part in ("--group", group))]
+    with pytest.raises(SystemExit):
+        recipe.parse_arguments(options)
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_groups_that_are_not_searched_may_have_any_target(tmp_path, capsys):
+    recipe, earlier = load("smollm2"), tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"rankings": {"a": {}}}))
+    options = ["--out", str(tmp_path), *SIZES, "--costs", str(earlier)]
+    for target in ("98%", "1"):
+        groups = ["--group", f"a:{target}:kv_lookup", "--group", f"b:{target}:kv_lookup:=a"]
+        assert recipe.searched(recipe.parse_arguments([*options, *groups])) == []
+    # A chain ends at the group that has a ranking, the only one that the log and its card have a row of.
+    chain = ["a:0.5:kv_lookup", "b:0.6:kv_lookup:=a", "c:98%:kv_lookup:=b"]
+    found = recipe.parse_arguments([*options, *(part for group in chain for part in ("--group", group))])
+    assert [group.like for group in found.group] == ["", "a", "a"]
+    for text in ("{}", "[]", '{"rankings": []}', "no JSON"):
+        (tmp_path / "bad.json").write_text(text)
+        recipe.read_run.cache_clear()
+        with pytest.raises(SystemExit):
+            recipe.parse_arguments([*options, "--costs", str(tmp_path / "bad.json"), "--group", chain[0]])
+        assert "bad.json holds no rankings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        recipe.parse_arguments([*options[:2], *SIZES[:-1], "0", "--group", chain[0]])
+    assert "--measurements of at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rankings", "message"),
+    [
+        ({}, 'holds no rankings of a recipe\'s run: "rankings" is empty'),
+        ([], "holds no rankings"),
+        ({"a": {"costs": [1.0]}}, "holds no rankings.*'order'"),
+        ({"a": {"order": [1, 1]}}, "holds no rankings.*lists every layer from 0 to 1 once"),
+        (
+            {"a": {"order": [0, 1]}, "b": {"order": [0, 2, 1]}},
+            r'holds "rankings" of different numbers of layers: \[2, 3\]',
+        ),
+    ],
+)
+def test_a_file_without_rankings_is_named(tmp_path, rankings, message):
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"rankings": rankings}))
+    with pytest.raises(ValueError, match=rf"costs\.json {message}"):
+        mean_ranking(path)

@@ -79,6 +79,14 @@ RESULTS = {
 README = "Intro\n<!-- figures:method -->\nold 0.1\n<!-- end -->\nmiddle\n<!-- figures:speed -->\n<!-- end -->\n"
 
 
+def test_tables_are_left_alone_where_there_are_no_files(tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(README)
+    assert report.main(["readme", str(page)]) == 2 and "no benchmarks/results above it" in capsys.readouterr().err
+    assert page.read_text() == README
+    assert report.main(["readme", str(tmp_path / "nothing.md")]) == 2 and "no such file" in capsys.readouterr().err
+
+
 def test_readme_tables_are_written_from_the_files(tmp_path):
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)

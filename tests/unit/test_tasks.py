@@ -20,7 +20,7 @@ from flux_attention.data import (
     training_tasks,
     wordings,
 )
-from flux_attention.data.prompt import Draft, encode, fit
+from flux_attention.data.prompt import Draft, SizeLimitError, encode, fit
 from flux_attention.data.tasks import ALIASES, MathProblems, Needle, open_prompts
 from flux_attention.data.tasks.niah import TRAIN_PHRASINGS
 
@@ -362,3 +362,130 @@ def test_the_packages_texts_are_for_tests_alone():
     assert all(len(document.text) > 1000 for document in found)
     with pytest.raises(ValueError, match="holds no 'train' document"):
         corpus.documents("readmes", "train")
+
+
+def spaced(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("free_request", "test"), ("open_request", "test"), ("open_request", "train")]
+)
+@pytest.mark.parametrize("length", [1536, 4096])
+def test_the_lost_paragraph_is_nowhere_in_the_prompt(tokenizer, name, split, length):
+    for sample in make_samples(name, 60, length, 0, split, tokenizer):
+        assert spaced(sample.answers[0]) not in spaced(tokenizer.decode(sample.prompt_ids)), sample.meta
+
+
+def test_the_lost_paragraph_is_a_whole_one():
+    first = "This paragraph of a licence is broken into lines of seventy characters, as they all are."
+    wrapped = f"A title\n\n{first[:71]}\n{first[72:]}\n\nRest."
+    assert open_prompts._lead(wrapped) == (first, "\nRest.")
+    flat = f"Short.\n{first}\nAnother paragraph."
+    assert open_prompts._lead(flat) == (first, "Another paragraph.")
+    badge = f"[![a badge that says nothing](https://example.org/one/two/three/four)]\n\n{wrapped}"
+    assert open_prompts._lead(badge)[0] == first
+    assert open_prompts._without(f"One.\n  {first[:30]}\n{first[30:]} Two.", first).split() == ["One.", "Two."]
+
+
+def test_one_licence_of_each_wording():
+    texts = [document.text for document in corpus.documents("readmes", "test")]
+    assert sum("TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in text[:2000] for text in texts) == 1
+
+
+def test_samples_about_a_document_name_it(drawn):
+    for name in ("free_request", "free_question", "open_request", "open_question", "module_summary"):
+        source = {"module_summary": "code"}.get(name)
+        for sample in drawn[name, "test"]:
+            found = corpus.documents(source or sample.meta["source"], "test")
+            assert sample.meta["document"] in {document.name for document in found}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_answers_of_open_questions_stand_in_the_prompt(tokenizer, seed):
+    for sample in make_samples("open_question", 100, 1536, seed, "train", tokenizer):
+        assert sample.answers[0] in tokenizer.decode(sample.prompt_ids), sample.meta
+
+
+def test_a_whole_piece_keeps_hyphens_tabs_and_its_length():
+    pieces = ["Words before.", f"\tx = well-known-{'long-' * 40}name\x0c  # two  spaces", "Words behind."] * 2
+    for seed in range(60):
+        assert pieces[1] in styles.restyle(random.Random(seed), pieces, 1)
+
+
+@pytest.mark.parametrize("name", ["common_words", "common_numbers", "common_codes"])
+@pytest.mark.parametrize("size", [40, 45, 100, 1700, 5000, 15_000, 40_000])
+def test_common_items_are_the_commonest_at_every_size(name, size):
+    for split in corpus.SPLITS:
+        draft = get_task(name).draft(random.Random(size), size, split)
+        listed = Counter(re.findall(r"[a-z0-9]+(?!\.)\b", draft.user))
+        rest = max(count for word, count in listed.items() if word not in draft.references)
+        times = draft.meta["common_times"]
+        # The question may hold an item of its own accord.
+        assert all(times <= listed[word] <= times + 3 for word in draft.references)
+        assert times == 30 or not 600 <= size <= 5000
+        if size >= 600:
+            assert times > 2 * rest
+
+
+@pytest.mark.parametrize("name", ["common_words", "common_numbers", "common_codes"])
+def test_too_short_a_length_for_every_common_item_is_refused(tokenizer, name):
+    with pytest.raises(ValueError, match=rf"task '{name}' needs more than length=100 tokens.* takes (\d+)") as error:
+        make_samples(name, 1, 100, 0, "test", tokenizer)
+    least = int(re.search(r"takes (\d+)", str(error.value))[1])
+    assert least > 100
+    for sample in make_samples(name, 4, 2 * least, 0, "test", tokenizer):
+        listed = Counter(tokenizer.decode(sample.prompt_ids).split())
+        assert all(listed[word] >= 4 for word in sample.answers)
+
+
+@pytest.mark.parametrize("size", [40, *range(60, 68), 100, 1000])
+def test_ranks_of_frequent_words_are_distinct(size):
+    task = get_task("frequent_words")
+    draft = task.draft(random.Random(0), size, "test")
+    words = draft.user.split("\n")[1].split()
+    assert len(words) == size
+    (_, a), (_, b), (_, c), (_, d) = ranks = Counter(word for word in words if word != "....").most_common(4)
+    assert a > b > c > d and tuple(word for word, _ in ranks[:3]) == draft.references
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("row_qa", "has .* paragraphs, .* are needed"),
+        ("passage_retrieval", "has .* paragraphs, .* are needed"),
+        ("passage_count", "has .* paragraphs, .* are needed"),
+        ("row_qa_people", "rows need distinct names"),
+    ],
+)
+def test_a_length_that_takes_more_texts_than_there_are_is_refused(tokenizer, name, reason):
+    message = rf"task '{name}': length=600000 is too long, its longest prompt and answer take \d+ tokens: .*{reason}"
+    with pytest.raises(ValueError, match=message):
+        make_samples(name, 1, 600_000, 0, "test", tokenizer)
+
+
+def test_a_guess_beyond_the_texts_is_no_error(tokenizer):
+    def build(n):
+        if n > 30:
+            raise SizeLimitError("30 words and no more", 30)
+        return Draft("word " * n, "is", ("x",))
+
+    size = len(encode(tokenizer, build(20)))
+    assert len(fit(tokenizer, size, build, least=1, guess=500, name="t")[1]) in range(int(0.9 * size), size + 1)
+    with pytest.raises(ValueError, match=r"task 't': length=900 is too long.*30 words and no more"):
+        fit(tokenizer, 900, build, least=1, guess=5, name="t")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("[1]", r"g\.jsonl, row 2: expected an object with fields, got list"),
+        ('{"question": "\\ud800?", "answer": "1"}', r"g\.jsonl, row 2: field 'question' holds half of a surrogate"),
+    ],
+)
+def test_bad_rows_of_math_problems_are_named(tmp_path, tokenizer, row, message):
+    path = tmp_path / "g.jsonl"
+    path.write_text(f'{{"question": "a?", "answer": "1"}}\n{row}\n')
+    task = MathProblems(name="g", kind="gsm8k", path=str(path))
+    with pytest.raises(ValueError, match=message):
+        make_sample(task, 0, 400, 0, "test", tokenizer)

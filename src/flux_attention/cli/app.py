@@ -52,7 +52,7 @@ app.command(name="train-packs")(train_packs)
 app.add_typer(data.app, name="data")
 app.command()(convert)
 app.command(context_settings=_PASSES_ON)(serve)
-app.command(context_settings=_PASSES_ON)(bench)
+app.command(context_settings={**_PASSES_ON, "help_option_names": []})(bench)
 
 
 # Names, so that no optional package is imported to compare with.

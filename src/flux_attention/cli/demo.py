@@ -86,6 +86,11 @@ def run_demo(
         rounds: repetitions; a round that would not fit into `budget` seconds of the whole process is left out.
         record: write the figures to benchmarks/results.
     """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length + new_tokens > context:
+        raise ValueError(
+            f"--length {length} and {new_tokens} new tokens are over the model's context of {context} tokens"
+        )
     cases = [Case(name, title, make_sample(task, seed, length, seed, "test", tokenizer)) for name, task, title in CASES]
     error = _warm_up(model, adapter, cases[0].sample)
     console.print(f"[dim]every layer full gives the plain model's logits: largest difference {error:.1e}[/dim]\n")
@@ -159,7 +164,7 @@ def _routed(model: Any, adapter: Adapter, case: Case, new_tokens: int, tokenizer
     attach(model, adapter)
     try:
         # Both sides write the same number of tokens, so that seconds per token compare.
-        config = GenerationConfig(do_sample=False, eos_token_id=None, max_new_tokens=new_tokens)
+        config = GenerationConfig(do_sample=False, eos_token_id=[], max_new_tokens=new_tokens)
         times: list[float] = []
         prompt = torch.tensor(case.sample.prompt_ids)
         note: TokenCallback = lambda row, token: times.append(time.perf_counter())  # noqa: E731

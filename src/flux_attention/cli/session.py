@@ -137,12 +137,19 @@ def read_prompts(prompts: list[str] | None, files: list[Path] | None) -> list[tu
     found = [(" ".join(text.split())[:28], text) for text in prompts or []]
     for file in files or []:
         if str(file) == "-":
-            found.append(("stdin", sys.stdin.read()))
+            try:
+                found.append(("stdin", sys.stdin.buffer.read().decode()))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"standard input is not UTF-8 text: {error}") from None
             continue
         try:
             found.append((file.name, file.read_text(encoding="utf-8")))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    for label, text in found:
+        # Bytes of a command line that are no UTF-8 come as lone surrogates, which no tokenizer takes.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"the prompt {label.encode(errors='replace').decode()!r} is not UTF-8 text")
     if not found:
         raise ValueError("give a prompt: --prompt TEXT or --file FILE (- for standard input)")
     return found

@@ -6,7 +6,8 @@ Families (`SOURCES`):
 * `docstrings`: prose of module, class and function docstrings of the standard library, one document per module.
 * `code`: the modules' source.
 * `filler`, `ruler_filler`: repeated short sentences; the second is RULER's noise.
-* `readmes`: descriptions and licences of the packages that this one needs, as they are; for tests alone.
+* `readmes`: descriptions and licences of the packages that this one needs, as they are and one licence per wording; for
+  tests alone.
 
 A document belongs to "train" or "test" by a hash of its name. `docstrings` and `code` share the names of their
 modules, so a test docstring never occurs in training code. Training haystacks come from `topics`, `code` and `filler`;
@@ -157,9 +158,16 @@ def _description(package: importlib.metadata.Distribution) -> str:
     return (package.read_text("METADATA") or "").partition("\n\n")[2]
 
 
+def _phrases(text: str) -> set[tuple[str, ...]]:
+    """Every six words that stand in a row, whatever breaks, marks and indents them."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return {tuple(words[i : i + 6]) for i in range(len(words) - 5)}
+
+
 @lru_cache(maxsize=1)
 def _readmes() -> tuple[Document, ...]:
     found = []
+    licences: list[set[tuple[str, ...]]] = []
     for name in _PACKAGES:
         try:
             package = importlib.metadata.distribution(name)
@@ -170,7 +178,12 @@ def _readmes() -> tuple[Document, ...]:
             if ".dist-info" in str(file) and file.name.upper().startswith(("LICENSE", "LICENCE")):
                 path = Path(str(file.locate()))
                 if path.is_file():
-                    found.append(Document(f"{name}:{file.name}", path.read_text(encoding="utf-8", errors="ignore")))
+                    text = path.read_text(encoding="utf-8", errors="ignore")
+                    phrases = _phrases(text)
+                    # The names of their owners are all that tells most licences apart.
+                    if all(len(phrases & other) < 0.8 * len(phrases) for other in licences):
+                        found.append(Document(f"{name}:{file.name}", text))
+                        licences.append(phrases)
                 break
     return tuple(Document(d.name, d.text.strip() + "\n") for d in found if len(d.text) > 1000)
 
@@ -256,7 +269,11 @@ def window(source: str, split: str, rng: random.Random, chars: int) -> Window:
 
 def haystack(source: str, split: str, rng: random.Random, chars: int) -> list[str]:
     """A window cut into sentences (lines for code): the places between them can take a needle."""
-    text = window(source, split, rng, chars + 200).text
+    return cut(window(source, split, rng, chars + 200).text, source, chars)
+
+
+def cut(text: str, source: str, chars: int) -> list[str]:
+    """The last sentences (lines for code) of a window, `chars` characters of them."""
     if source == "code":
         pieces = text.split("\n")
     else:

@@ -10,6 +10,14 @@ ACCEPTED_SHARE = 0.95  # a prompt at least this full is not worth another try
 _TRIES = 16
 
 
+class SizeLimitError(ValueError):
+    """A draft of this size needs more texts than there are; `most` is the largest size that they suffice for."""
+
+    def __init__(self, message: str, most: int) -> None:
+        super().__init__(message)
+        self.most = most
+
+
 @dataclass(frozen=True)
 class Draft:
     """A prompt and its answer as text.
@@ -36,6 +44,15 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise ValueError naming `where` for a lone surrogate: JSON can spell one, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"{where} holds half of a surrogate pair ({found}, character {error.start + 1})") from error
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -80,15 +97,23 @@ def fit(
     `build(n)` must give the same draft for the same n and grow with n (units are the task's: characters, rows, ...).
 
     Raises:
-        ValueError: when even `build(least)` is longer than `length`.
+        ValueError: when even `build(least)` is longer than `length`, or `length` takes more texts than there are.
     """
+    limit: SizeLimitError | None = None
     best: tuple[Draft, Encoded] | None = None
     low, low_size = least - 1, 0  # largest n known to fit
     high: int | None = None  # smallest n known not to fit
     n = max(least, guess)
     points: list[tuple[int, int]] = []
     for _ in range(_TRIES):
-        draft = build(n)
+        try:
+            draft = build(n)
+        except SizeLimitError as error:
+            limit = error
+            if error.most <= low or error.most < least:
+                break
+            # Guesses may overshoot: what the texts suffice for may still fill the length.
+            draft, n = build(error.most), error.most
         encoded = encode(tokenizer, draft)
         size = len(encoded)
         points.append((n, size))
@@ -116,8 +141,19 @@ def fit(
         if aim == n:
             break
         n = aim
+    # A prompt that did not fit shows that there was text enough.
+    if limit is not None and high is None and (best is None or len(best[1]) < ACCEPTED_SHARE * length):
+        longest = "" if best is None else f", its longest prompt and answer take {len(best[1])} tokens"
+        raise ValueError(f"task {name!r}: length={length} is too long{longest}: {limit}")
     if best is None:
-        raise ValueError(f"task {name!r} needs more than length={length} tokens; its shortest prompt does not fit")
+        draft = build(least)
+        encoded = encode(tokenizer, draft)
+        if len(encoded) > length:
+            raise ValueError(
+                f"task {name!r} needs more than length={length} tokens; its shortest prompt does not fit: it takes "
+                f"{len(encoded)} with its answer"
+            )
+        best = (draft, encoded)
     return best
 
 

@@ -12,7 +12,7 @@ import lzma
 import multiprocessing
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flux_attention.data import Sample, make_sample
+from flux_attention.data import Sample, get_task, make_sample
 from flux_attention.data.corpus import fingerprint
 from flux_attention.data.progress import Progress
 
@@ -181,7 +181,20 @@ def make_sample_set(
 
 def _settings(cells: Sequence[tuple[str, int]], n: int, seed: int, split: str, tokenizer: Any) -> dict[str, Any]:
     tokens = tokenizer_digest(tokenizer)
-    return {"cells": [list(cell) for cell in cells], "samples": n, "seed": seed, "split": split, "tokenizer": tokens}
+    settings = {"cells": [list(cell) for cell in cells], "samples": n, "seed": seed, "split": split}
+    return {**settings, "tokenizer": tokens, **_versions(task for task, _ in cells)}
+
+
+def _versions(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What names of tasks do not tell: the contents of their files, and revisions. Empty for most tasks."""
+    tasks = {name: get_task(name) for name in sorted(set(names))}
+    files = {
+        name: [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in task.files()]
+        for name, task in tasks.items()
+        if task.files()
+    }
+    revisions = {name: task.revision for name, task in tasks.items() if task.revision > 1}
+    return {key: value for key, value in (("files", files), ("revisions", revisions)) if value}
 
 
 def _load_made_for(path: Path, settings: Mapping[str, Any]) -> SampleSet:
@@ -225,9 +238,14 @@ def prepared_jobs(
         path: file that keeps them, made when it is not there; None = none.
         workers: forked processes that make them (before CUDA starts).
 
-    Raises ValueError when the file holds samples of other jobs, or is damaged.
+    Raises ValueError when the file holds samples of other jobs, another tokenizer or other files of the tasks, or is
+    damaged.
     """
-    settings = {"jobs": {name: [list(job) for job in some] for name, some in jobs.items()}}
+    settings = {
+        "jobs": {name: [list(job) for job in some] for name, some in jobs.items()},
+        "tokenizer": tokenizer_digest(tokenizer),
+        **_versions(job.task for some in jobs.values() for job in some),
+    }
     if path is not None and path.is_file():
         cells = _load_made_for(path, settings).cells
         return {name: list(cells.get((name, 0), ())) for name in jobs}

@@ -14,14 +14,15 @@ from flux_attention.data import words
 Style = Callable[[random.Random, Sequence[str]], str]
 
 
-#: Stands for a space that no line may be broken at.
-_FIXED_SPACE = "\ue000"
+#: White space that no line may be broken at, and that `textwrap` leaves as it is: characters that no text has.
+_FIXED = {ord(space): chr(0xE000 + ord(space)) for space in " \t\n\x0b\x0c\r"}
+_LOOSE = {ord(fixed): chr(space) for space, fixed in _FIXED.items()}
 
 
 def restyle(rng: random.Random, pieces: Sequence[str], whole: int | None = None) -> str:
     """`pieces` (sentences or lines) as a document of a random form, in their order; piece `whole` stays in one line."""
-    fixed = [piece.replace(" ", _FIXED_SPACE) if i == whole else piece for i, piece in enumerate(pieces)]
-    return rng.choice(_STYLES)(rng, fixed).replace(_FIXED_SPACE, " ")
+    fixed = [piece.translate(_FIXED) if i == whole else piece for i, piece in enumerate(pieces)]
+    return rng.choice(_STYLES)(rng, fixed).translate(_LOOSE)
 
 
 def wrap_document(rng: random.Random, text: str) -> str:
@@ -58,8 +59,11 @@ def _title(rng: random.Random) -> str:
 def _wrapped(rng: random.Random, pieces: Sequence[str]) -> str:
     width, indent = rng.randint(56, 100), rng.choice(("", "", "    ", "> ", "# ", "  "))
     paragraphs = (" ".join(block) for block in _blocks(rng, pieces, 2, 8))
-    made = (textwrap.fill(p, width, initial_indent=indent, subsequent_indent=indent) for p in paragraphs)
-    return "\n\n".join(made)
+    # The piece that stays whole is one long word; it may hold hyphens.
+    wrapper = textwrap.TextWrapper(
+        width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n\n".join(map(wrapper.fill, paragraphs))
 
 
 def _markdown(rng: random.Random, pieces: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """What people ask of a document, in many wordings, for training: a few slots filled at random make thousands.
 
 A router that has seen twenty wordings knows twenty wordings: it takes the next one for whatever the document resembles.
-Tests use sentences of their own (`tasks/open_prompts.py`, `tasks/free_prompts.py`), which no slot here produces.
+Tests use sentences of their own (`tasks/open_prompts.py`), which no slot here produces.
 """
 
 from __future__ import annotations

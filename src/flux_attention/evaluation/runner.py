@@ -239,7 +239,10 @@ def _generated(controller: FluxAttention, tokenizer: Any, batch: Sequence[Sample
     result = generate(
         controller.model,
         [torch.tensor(s.prompt_ids) for s in batch],
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=stop, max_new_tokens=limit),
+        # A model's own penalty would change what is measured.
+        generation_config=GenerationConfig(
+            do_sample=False, eos_token_id=stop, max_new_tokens=limit, repetition_penalty=1.0
+        ),
     )
     result.cache.clear()
     records = []

@@ -58,7 +58,8 @@ def _whole_prompts(
     return out[:n]
 
 
-@functools.lru_cache(maxsize=128)
+# Layers of one forward pass share an entry; the next pass has other lengths, and entries hold device memory.
+@functools.lru_cache(maxsize=8)
 def _prompt_calls(
     lens: tuple[int, ...], sink: int, window: int, block: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -78,6 +79,8 @@ def _prompt_calls(
         return torch.arange(count, device=device)
 
     heads = [(s, s + n - 1) for s, n in zip(starts, lens, strict=True) if n]
+    if not heads:
+        return calls
     width = min(causal_end, max(lens))
     for some in _groups(heads, _BLOCKS_A_CALL.get(device.type, 64) * block // width + 1):
         begin, last = columns(some)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -82,7 +83,8 @@ def attach(
         )
     try:
         _install(controller, fuse)
-    except ValueError:
+    except BaseException:
+        # Whatever it was, memory that ran out included: the model must not stay half attached.
         _remove(controller)
         raise
     return controller
@@ -131,11 +133,12 @@ def _remove(controller: FluxAttention) -> None:
     for handle in controller._handles:
         handle.remove()
     for module in controller._modules:
-        del module._flux_attention
+        vars(module).pop("_flux_attention", None)
     controller._handles, controller._modules = [], []
     controller.decoder.config._attn_implementation = controller._implementation
-    del controller.decoder._flux_config
-    del controller.model._flux_attention_controller
+    # An attach that failed half way has not set everything.
+    vars(controller.decoder).pop("_flux_config", None)
+    vars(controller.model).pop("_flux_attention_controller", None)
     if controller.delta is not None:
         controller.delta.revert(controller.model)
         controller.delta = None
@@ -154,10 +157,19 @@ def _attention(
     """The attention function that transformers calls for an attached model."""
     controller, layer = module._flux_attention  # type: ignore[misc]
     if layer is None:
-        original = ALL_ATTENTION_FUNCTIONS[_sliding_implementation(controller._implementation)]
-        return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        # By the function that `_mask` writes for, whatever the model was loaded with: the flash implementations look
+        # themselves up under the config's implementation, which is ours here, and flex takes another kind of mask.
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout:
         raise ValueError(f"routed attention has no dropout, got {dropout}; the backbone is frozen: use model.eval()")
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embedding leaves queries and keys in float32, where autocast's projections give values in its own
+        # dtype; a cache may have been begun in a third.
+        step = controller._step
+        cached = step is not None and step.cache is not None
+        dtype = step.cache.pool_of(layer).keys.dtype if cached else value.dtype
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return controller.attend(layer, query, key, value, scale), None
 
@@ -169,7 +181,3 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return None
     kwargs.pop("config", None)
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
-
-
-def _sliding_implementation(original: str) -> str:
-    return "sdpa" if original == "eager" else original

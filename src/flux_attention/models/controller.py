@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from flux_attention.cache import CACHE_KEYWORDS, FluxCache, PagePool, append_token, cache_argument
+from flux_attention.cache import (
+    CACHE_KEYWORDS,
+    FluxCache,
+    PagePool,
+    PoolExhaustedError,
+    append_token,
+    cache_argument,
+)
 from flux_attention.config import FluxConfig
 from flux_attention.kernels.api import paged_decode
 from flux_attention.models.delta import AppliedDelta
@@ -36,6 +43,11 @@ from flux_attention.router import LayerRouter, PoolPlan, gumbel_noise, straight_
 
 class FluxAttention:
     """Routed attention on one model. Made by `attach`, ended by `detach`.
+
+    A request is routed once, at the first pass on its cache, by the tokens of that pass. transformers'
+    `generate(use_cache=False)` has no cache, so each of its steps is routed anew, and `generate(prefill_chunk_size=n)`
+    routes on the first n tokens alone: nothing in that pass says that more follow. `flux_attention.generation` routes
+    on the whole prompt whatever its `chunk_tokens`.
 
     Attributes:
         model: the attached transformers model.
@@ -229,6 +241,11 @@ class FluxAttention:
     # ------------------------------------------------------------------ a pass of the decoder
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        left = self._step
+        if left is not None and left is not self._preset and left.soft is None and not left.collect:
+            # Hooks are skipped on KeyboardInterrupt: that pass never came to `_after_decoder`.
+            self._step = None
+            self._failed(left)
         if self._preset is not None:
             self._step = self._preset
             return None
@@ -262,16 +279,25 @@ class FluxAttention:
                 like = like if inputs.dtype in (torch.int64, torch.int32) else inputs
                 route = step.route or Route.full(len(self.layers), batch)
                 cache.begin(batch, route, self.kv_heads, backbone.head_dim, like)
-            if not layout.is_decode:
+                try:
+                    cache.reserve([n + cache.headroom for n in layout.counts])
+                except PoolExhaustedError:
+                    cache.clear()
+                    raise
+            elif layout.is_decode:
+                cache.plan_decode()
+            else:
                 cache.reserve(layout.counts)
         # Set last: a refused request must leave no step behind.
         self._step = step
-        if cache is not None and layout.is_decode:
-            cache.plan_decode()
         return (), kwargs
 
     def _take_cache(self, kwargs: dict[str, Any]) -> FluxCache | None:
-        """The FluxCache of this call, put in the place of the empty cache that transformers made."""
+        """The FluxCache of this call, put in the place of the empty cache that transformers or the caller made.
+
+        A caller who goes on to pass that cache gets the same FluxCache: they share their layers, so that it tells its
+        length and transformers resets or crops neither unnoticed.
+        """
         given = [kwargs.pop(name, None) for name in CACHE_KEYWORDS]
         cache = next((cache for cache in given if cache is not None), None)
         use_cache = kwargs.get("use_cache")
@@ -285,7 +311,11 @@ class FluxAttention:
             return None
         if cache is None and not use_cache:
             return None
+        replaced = getattr(cache, "_flux_attention_cache", None)
+        if replaced is not None:
+            cache = replaced
         if isinstance(cache, FluxCache):
+            cache.check_usable()
             kwargs |= cache_argument(self.decoder, cache)
             return cache
         if cache is not None and not (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0):
@@ -294,9 +324,12 @@ class FluxAttention:
                 f"the cache is a {type(cache).__name__} that {state}; an attached model keeps its keys in a "
                 "FluxCache. Pass none, or the FluxCache of an earlier call, and no cache_implementation"
             )
-        cache = self.new_cache()
-        kwargs |= cache_argument(self.decoder, cache)
-        return cache
+        made = self.new_cache()
+        if cache is not None:
+            cache.layers = made.layers
+            cache._flux_attention_cache = made
+        kwargs |= cache_argument(self.decoder, made)
+        return made
 
     def _check_context(self, tokens: int) -> None:
         limit = getattr(self.decoder.config, "max_position_embeddings", None)
@@ -415,14 +448,20 @@ class FluxAttention:
             step.soft.gates = torch.stack([step.packings[("gate", i)] for i in range(len(self.layers))])
             step.soft.pooled = torch.stack([p for p in step.pooled if p is not None])
         if output is None:
-            # The pass failed half way: some layers have stored its tokens and some have not.
-            if step.cache is not None and not step.layout.is_decode:
-                step.cache.clear()
+            self._failed(step)
             return
         if step.inline and step.soft is None:
             self.last_route = step.route
         if step.cache is not None:
             step.cache.advance(step.layout.columns, step.layout.counts, decoded=step.layout.is_decode)
+
+    def _failed(self, step: Step) -> None:
+        """A pass ended half way: some layers have stored its tokens and some have not."""
+        if step.cache is None:
+            return
+        # Fed again, a decode step writes the same slots of routable layers. Others have appended its token.
+        if not step.layout.is_decode or len(self.layers) < len(self.decoder.layers):
+            step.cache.fail()
 
     # ------------------------------------------------------------------ attention
 

@@ -3,8 +3,9 @@
 `fuse` gives decoder layers, their attention, the last norm and the output projection forward functions of their own on
 the *instance*; `remove` deletes them, and the model's methods are back. Classes, modules and values of weights stay as
 they are; the weights of keys and values lie behind one another while the model is fused: one product can read both.
-The forward functions serve inference: under gradients, and in a layer that somebody has put hooks into, the model's own
-code runs.
+The forward functions serve inference: under gradients or autocast, and in a layer that somebody has put hooks into or
+whose modules somebody has replaced, the model's own code runs. They are bound methods and objects, no closures, so a
+copied or unpickled model's are its own.
 
 Shapes: `B` rows, `T` tokens, `H` hidden size, `Hq`, `Hk` heads, `D` head dim.
 """
@@ -12,6 +13,7 @@ Shapes: `B` rows, `T` tokens, `H` hidden size, `Hq`, `Hk` heads, `D` head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,8 @@ def why_not(controller: FluxAttention) -> str | None:
             return f"its projections are {type(odd).__name__}, not Linear (quantised, or an adapter)"
         if not all(m.weight.is_contiguous() for m in linears):
             return "its projections are not contiguous"
+        if any(getattr(layer.mlp, name).bias is not None for name in ("gate_proj", "up_proj")):
+            return "the projections up of its MLPs have biases"
     return None
 
 
@@ -61,53 +65,46 @@ class Fusion:
         self.controller = controller
         self.layers = [_Layer(controller, layer, index) for index, layer in enumerate(controller.decoder.layers)]
         self._changed: list[Any] = []
-        for k, v in self._keys_values():
+        # A split model's layers carry hooks, so its own code runs, and ranks may hold distributed tensors.
+        attentions = [] if controller.is_split else [x.attention for x in self.layers]
+        self._pairs: list[tuple[nn.Linear, nn.Linear]] = [(x.k_proj, x.v_proj) for x in attentions]
+        try:
+            self._begin()
+        except BaseException:
+            # Nobody else knows this object yet, so nobody else can undo what it has done so far. Weights that stay
+            # together, because memory has run out, have the values that they had.
+            with suppress(torch.OutOfMemoryError):
+                self.remove()
+            raise
+
+    def _begin(self) -> None:
+        for k, v in self._pairs:
             _lay_together(k.weight, v.weight)
             _lay_together(k.bias, v.bias)
         for fused_layer in self.layers:
-            self._set(fused_layer.layer, self._on_its_device(fused_layer.forward))
+            self._set(fused_layer.layer, _OnItsDevice(self.controller, fused_layer.forward))
             self._set(fused_layer.attention, fused_layer.attend)
-        self._set_norm(controller.decoder.norm)
-        head: Any = controller.model.get_output_embeddings()
+        norm = self.controller.decoder.norm
+        self._set(norm, _OnItsDevice(self.controller, partial(_normalise, norm)))
+        head: Any = self.controller.model.get_output_embeddings()
         if type(head) is nn.Linear and "forward" not in vars(head) and head.weight.is_contiguous():
-            self._set(head, self._on_its_device(lambda hidden: _project(head, hidden)))
+            self._set(head, _OnItsDevice(self.controller, partial(_project, head)))
 
     def _set(self, module: Any, forward: Callable[..., Any]) -> None:
         # nn.Module types `forward` as a method; an instance attribute comes before it, and hooks still run.
         vars(module)["forward"] = forward
         self._changed.append(module)
 
-    def _set_norm(self, module: Any) -> None:
-        norm = _norm(module)
-        run = self._on_its_device(lambda x: _own(module, x) if torch.is_grad_enabled() else fused.rms_norm(x, norm))
-        self._set(module, run)
-
-    def _on_its_device(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`run`, whose kernels are launched where its input lies."""
-
-        def on_device(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            with self.controller.on(hidden_states.device):
-                return run(hidden_states, *args, **kwargs)
-
-        return on_device
-
-    def _keys_values(self) -> list[tuple[nn.Linear, nn.Linear]]:
-        """Projections whose weights lie together while the model is fused."""
-        # A split model's layers carry hooks, so its own code runs, and ranks may hold distributed tensors.
-        if self.controller.is_split:
-            return []
-        return [(x.attention.k_proj, x.attention.v_proj) for x in self.layers]
-
     def remove(self) -> None:
         for module in self._changed:
-            del vars(module)["forward"]
+            vars(module).pop("forward", None)
         self._changed = []
-        for parameter in (p for pair in self._keys_values() for module in pair for p in module.parameters()):
+        for parameter in (p for pair in self._pairs for module in pair for p in module.parameters()):
             parameter.data = parameter.data.clone()
 
     def pools(self, index: int) -> bool:
         """Whether layer `index` has its queries pooled itself (`LayerPooling.pool`) in this pass."""
-        return not torch.is_grad_enabled() and not self.layers[index].hooked
+        return not self.layers[index].runs_own(self.controller.device)
 
     def tune(self) -> None:
         """Time the launch configurations of the one-token products on these weights, once per shape; CUDA only."""
@@ -149,16 +146,40 @@ class _Layer:
         self.controller, self.layer, self.index = controller, layer, index
         self.last = index == len(controller.layers) - 1
         self.attention: Any = layer.self_attn
-        self.first, self.second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self._first, self._second = _NormOf(layer.input_layernorm), _NormOf(layer.post_attention_layernorm)
         norms = (getattr(self.attention, name, None) for name in ("q_norm", "k_norm"))
-        self.q_norm, self.k_norm = (None if norm is None else _norm(norm) for norm in norms)
+        self._q_norm, self._k_norm = (None if norm is None else _NormOf(norm) for norm in norms)
         # The attention carries the controller's own hook before it, which has nothing to do in a decode step.
         self._inner = [m for m in layer.modules() if m not in (layer, self.attention)]
+        self._children = [(m, name, child) for m in layer.modules() for name, child in m.named_children()]
+
+    @property
+    def first(self) -> Norm:
+        return self._first()
+
+    @property
+    def second(self) -> Norm:
+        return self._second()
+
+    @property
+    def q_norm(self) -> Norm | None:
+        return None if self._q_norm is None else self._q_norm()
+
+    @property
+    def k_norm(self) -> Norm | None:
+        return None if self._k_norm is None else self._k_norm()
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody else has put hooks into this layer, which its own code alone would call."""
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self._inner)
+        """Whether somebody else has put hooks into this layer, or others (adapters, say) in the place of its modules,
+        which its own code alone would call."""
+        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self._inner):
+            return True
+        return any(m._modules.get(name) is not child for m, name, child in self._children)
+
+    def runs_own(self, device: torch.device) -> bool:
+        """Whether the model's own code runs in this pass."""
+        return _wants_own(device) or self.hooked
 
     def three(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Weights and biases of the projections to queries, keys and values."""
@@ -186,12 +207,13 @@ class _Layer:
             "position_embeddings": position_embeddings,
             **kwargs,
         }
-        if torch.is_grad_enabled() or self.hooked:
+        if self.runs_own(hidden_states.device):
             out: Tensor = _own(self.layer, hidden_states, **arguments)
             return out
         assert position_embeddings is not None
-        # Hooks on the attention module itself are called as long as the module is.
-        if hidden_states.shape[:2] == (1, 1) and self.controller.decodes and not self.attention._forward_hooks:
+        # Hooks on the attention module itself are called as long as the module is. One is the controller's own.
+        watched = self.attention._forward_hooks or len(self.attention._forward_pre_hooks) > 1
+        if hidden_states.shape[:2] == (1, 1) and self.controller.decodes and not watched:
             return self._one_token(hidden_states.flatten(), position_embeddings)[None, None]
         mlp = self.layer.mlp
         normed = fused.rms_norm(hidden_states, self.first)
@@ -213,7 +235,7 @@ class _Layer:
     ) -> tuple[Tensor, None]:
         """The attention module, `[B, T, H]` → `[B, T, H]`."""
         module = self.attention
-        if torch.is_grad_enabled() or self.hooked:
+        if self.runs_own(hidden_states.device):
             out: tuple[Tensor, None] = _own(
                 module,
                 hidden_states=hidden_states,
@@ -251,7 +273,7 @@ class _Layer:
         """
         k, v = self.attention.k_proj, self.attention.v_proj
         weight, bias = (_joint(k.weight, v.weight), _joint(k.bias, v.bias)) if together else (None, None)
-        if weight is None or (bias is None) != (k.bias is None):
+        if weight is None or (bias is None and (k.bias is not None or v.bias is not None)):
             return k(x).flatten(0, 1), v(x).flatten(0, 1)
         keys, values = nn.functional.linear(x, weight, bias).flatten(0, 1).chunk(2, -1)
         return keys, values
@@ -273,6 +295,29 @@ class _Layer:
         total = fused.vector(attended, out.weight, bias=out.bias, add=x)
         gated = fused.norm_gated(total, self.second, *self.gate_up())
         return fused.vector(gated, down.weight, bias=down.bias, add=total)
+
+
+class _OnItsDevice:
+    """A forward function whose kernels are launched where its input lies."""
+
+    def __init__(self, controller: FluxAttention, run: Callable[..., Tensor]) -> None:
+        self._controller, self._run = controller, run
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._controller.on(hidden_states.device):
+            return self._run(hidden_states, *args, **kwargs)
+
+
+class _NormOf:
+    """A norm module as kernels take it, with the weight that it has now: `load_state_dict(assign=True)` replaces it."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._norm = module, _norm(module)
+
+    def __call__(self) -> Norm:
+        if self._norm.weight is not self._module._parameters["weight"]:
+            self._norm = _norm(self._module)
+        return self._norm
 
 
 def _vector(x: Tensor, weights: list[Tensor], i: int, config: VectorConfig) -> Tensor:
@@ -299,12 +344,24 @@ def _own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+def _wants_own(device: torch.device) -> bool:
+    """Whether fused code cannot serve here: it has no gradients, and knows nothing of autocast's dtypes."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)
+
+
 def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
 
 
+def _normalise(module: Any, x: Tensor) -> Tensor:
+    if _wants_own(x.device):
+        out: Tensor = _own(module, x)
+        return out
+    return fused.rms_norm(x, _norm(module))
+
+
 def _project(head: nn.Linear, hidden: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or hidden.numel() != head.in_features:
+    if _wants_own(hidden.device) or hidden.numel() != head.in_features:
         out: Tensor = _own(head, hidden)
         return out
     return fused.vector(hidden.flatten(), head.weight, bias=head.bias).view(*hidden.shape[:-1], -1)

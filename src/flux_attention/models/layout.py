@@ -21,6 +21,8 @@ class Layout:
         rows, starts, counts: row, first column and number of new tokens of each sequence.
         past: tokens of each sequence already in the cache.
         slots: the cache row of each sequence; () = the same as `rows`.
+        is_decode: whether this is one new token for every row of a cache that holds some of each. Never inferred from
+            the shape alone: a packed chunk of one token looks alike, and its cache is not planned for a decode step.
     """
 
     batch: int
@@ -30,6 +32,7 @@ class Layout:
     counts: tuple[int, ...]
     past: tuple[int, ...]
     slots: tuple[int, ...] = ()
+    is_decode: bool = False
 
     def __post_init__(self) -> None:
         if not self.slots:
@@ -45,7 +48,7 @@ class Layout:
     def decode(cls, past: Sequence[int]) -> Layout:
         """One new token for every cache row."""
         rows = len(past)
-        return cls(rows, 1, tuple(range(rows)), (0,) * rows, (1,) * rows, tuple(past))
+        return cls(rows, 1, tuple(range(rows)), (0,) * rows, (1,) * rows, tuple(past), is_decode=True)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -60,10 +63,6 @@ class Layout:
     @property
     def ends(self) -> tuple[int, ...]:
         return tuple(p + n for p, n in zip(self.past, self.counts, strict=True))
-
-    @cached_property
-    def is_decode(self) -> bool:
-        return self.columns == 1 and all(self.counts) and all(p > 0 for p in self.past)
 
     def token_index(self, device: torch.device) -> Tensor:
         """Flat index of every real token, sequence by sequence, int64 `[N]`."""
@@ -88,7 +87,7 @@ class Layout:
             if packed is not None:
                 return packed
         if attention_mask is None:
-            return cls(batch, columns, tuple(range(batch)), (0,) * batch, (columns,) * batch, tuple(past))
+            return cls._rows((0,) * batch, (columns,) * batch, past, columns)
         if attention_mask.ndim != 2:
             raise ValueError(
                 f"routed attention takes a 2D attention mask [batch, tokens], got {tuple(attention_mask.shape)}"
@@ -110,7 +109,14 @@ class Layout:
         # A chunk of a left-padded batch may hold nothing of a short row; a whole prompt may not be empty.
         if cache is None and any(int(n) == 0 for n in counts):
             raise ValueError("the prompt is empty: attention_mask leaves a row without tokens")
-        return cls(batch, columns, tuple(range(batch)), tuple(starts.tolist()), tuple(counts.tolist()), tuple(past))
+        return cls._rows(starts.tolist(), counts.tolist(), past, columns)
+
+    @classmethod
+    def _rows(cls, starts: Sequence[int], counts: Sequence[int], past: Sequence[int], columns: int) -> Layout:
+        """One sequence a row, for the cache row of the same number."""
+        decode = columns == 1 and all(counts) and all(past)
+        rows = tuple(range(len(counts)))
+        return cls(len(rows), columns, rows, tuple(starts), tuple(counts), tuple(past), is_decode=decode)
 
     @classmethod
     def _packed(cls, batch: int, position_ids: Tensor) -> Layout | None:

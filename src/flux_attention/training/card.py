@@ -72,14 +72,18 @@ def comparison_text(table: Comparison) -> str:
 def mean_ranking(path: Path) -> tuple[int, ...]:
     """Layers by their mean place in the rankings of a recipe's log, least needed first.
 
-    Raises ValueError for a file without rankings.
+    Raises ValueError for a file without rankings, or with rankings of different numbers of layers.
     """
     try:
-        orders = [row["order"] for row in json.loads(path.read_text(encoding="utf-8"))["rankings"].values()]
-    except (ValueError, KeyError, TypeError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rankings"]
+        places = [rank_positions(row["order"]) for row in rows.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no rankings of a recipe's run ({error!r})") from error
-    places = torch.stack([rank_positions(order) for order in orders]).mean(0)
-    return tuple(torch.argsort(places, stable=True).tolist())
+    if not places:
+        raise ValueError(f'{path} holds no rankings of a recipe\'s run: "rankings" is empty')
+    if len({len(place) for place in places}) > 1:
+        raise ValueError(f'{path} holds "rankings" of different numbers of layers: {sorted(map(len, places))}')
+    return tuple(torch.argsort(torch.stack(places).mean(0), stable=True).tolist())
 
 
 def model_card(result: Mapping[str, Any], title: str, about: str) -> str:

@@ -283,9 +283,7 @@ class Greedy:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def greedy_ranking(
-    meter: DamageMeter, *, candidates: int = 5, jump: int = 6, stop: float = 1.0, weights: Tensor | None = None
-) -> Greedy:
+def greedy_ranking(meter: DamageMeter, *, candidates: int = 5, jump: int = 6, stop: float = 1.0) -> Greedy:
     """Layers in the order in which they can be made sparse at the least damage, given those that are already.
 
     Damage of single layers does not add up: two layers can stand in for each other, and a ranking by leaving one out
@@ -297,17 +295,14 @@ def greedy_ranking(
         candidates: layers tried each step; L = plain greedy.
         jump: layers taken at once at the start by leave-one-out, where single damages are near 0.
         stop: Ω up to which steps are measured.
-        weights: of the samples in the mean, `[n]`; None = equal.
     """
     layers = meter.layers
     if candidates < 1 or not 0 <= jump <= layers or not 0.0 <= stop <= 1.0:
         raise ValueError(
             f"greedy needs candidates ≥ 1, jump in [0, {layers}], stop in [0, 1]; got {candidates}, {jump}, {stop}"
         )
-    share = torch.ones(len(meter.samples)) if weights is None else weights.float()
-    share = share / share.sum()
     single = leave_one_out(meter) if jump < layers else torch.zeros(len(meter.samples), layers)
-    marginal = (share @ single).tolist()
+    marginal = single.mean(0).tolist()
     queue = [(marginal[layer], layer) for layer in range(layers)]
     heapq.heapify(queue)
     order = [heapq.heappop(queue)[1] for _ in range(jump)]
@@ -319,9 +314,9 @@ def greedy_ranking(
         curve.append(
             {
                 "sparse": float(len(order)),
-                "damage": float(share @ found.damage[row]),
-                "nll": float(share @ found.nll[row]),
-                "accuracy": float(share @ found.accuracy[row]),
+                "damage": float(found.damage[row].mean()),
+                "nll": float(found.nll[row].mean()),
+                "accuracy": float(found.accuracy[row].mean()),
             }
         )
         return curve[-1]["damage"]
@@ -333,7 +328,7 @@ def greedy_ranking(
         routes = use_full.repeat(len(tried), 1)
         routes[torch.arange(len(tried)), torch.tensor(tried)] = False
         found = meter.routes(routes)
-        totals = (found.damage @ share).tolist()
+        totals = found.damage.mean(1).tolist()
         best = min(range(len(tried)), key=lambda i: (totals[i], tried[i]))
         for i, layer in enumerate(tried):
             if i != best:

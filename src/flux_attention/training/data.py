@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from flux_attention.data.prompt import chat_text, encode_text
+from flux_attention.data.prompt import chat_text, check_text, encode_text
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES, Sample
 from flux_attention.data.tasks import Task, get_task, make_sample, sample_seed, training_tasks
 
@@ -177,12 +177,15 @@ def _text_field(row: Mapping[str, Any], name: str, where: str) -> str:
         raise ValueError(f"{where}: field {name!r} is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
     if not isinstance(row[name], str):
         raise ValueError(f"{where}: field {name!r} must be a string, got {type(row[name]).__name__}")
+    check_text(row[name], f"{where}: field {name!r}")
     return str(row[name])
 
 
 def _answers(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     value = row.get(name)
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):
+        for item in value:
+            check_text(item, f"{where}: field {name!r}")
         return tuple(value)
     text = _text_field(row, name, where)
     if not text.strip():
@@ -233,7 +236,8 @@ class Mixture:
         lengths: prompt + answer tokens, drawn with `length_weights` (equal without).
         class_weights: share of each class; kept exactly in every run of `block` samples, up to rounding.
         task_weights: weight of a task within its class, 1 where not named.
-        extra: samples of one's own, drawn with probability `extra_share` in the place of a generated one.
+        extra: samples of one's own, drawn with probability `extra_share` in the place of a generated one of the same
+            class. A class that `extra` lacks is generated always, which a share of 1 does not allow.
     """
 
     tasks: Sequence[str | Task] = field(default_factory=lambda: tuple(training_tasks()))
@@ -269,6 +273,11 @@ class Mixture:
                 raise ValueError(f"class_weights names {name!r}; classes are {TASK_CLASSES}")
             if weight > 0 and not any(task.task_class == name and self._weight(task) > 0 for task in chosen):
                 raise ValueError(f"class_weights asks for {name!r}, but no task of the mixture has this class")
+            if weight > 0 and self.extra_share == 1 and not any(sample.task_class == name for sample in self.extra):
+                raise ValueError(
+                    f"extra_share=1 asks for samples of one's own alone, but none of the {len(self.extra)} is of class "
+                    f"{name!r}: add rows of this class, or take a smaller share, which fills it with built-in tasks"
+                )
         if sum(self.class_weights.values()) <= 0:
             raise ValueError("class_weights must have a positive sum")
 

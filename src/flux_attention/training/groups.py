@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -31,7 +31,7 @@ class Group:
         keep: share of the dense model's score that the target must keep, where it is to be found (`largest_sparsity`).
         tasks: names.
         searched: those that its ranking is found on; () = all of them.
-        like: name of the group whose ranking it shares; "" = it has its own.
+        like: name of the group whose ranking it shares (`resolve_rankings`); "" = it has its own.
     """
 
     name: str
@@ -76,6 +76,21 @@ class Group:
             else:
                 raise ValueError(f"{word!r} is no training task; they are {', '.join(known)}")
         return tuple(tasks)
+
+
+def resolve_rankings(groups: Sequence[Group]) -> list[Group]:
+    """The groups, each that shares a ranking naming the group whose own it is, however many lie between.
+
+    Raises ValueError for a name given twice and for a ranking of no group before.
+    """
+    roots: dict[str, str] = {}
+    for group in groups:
+        if group.name in roots:
+            raise ValueError(f"two groups are named {group.name!r}")
+        if group.like and group.like not in roots:
+            raise ValueError(f"group {group.name} shares the ranking of {group.like!r}, which must come before it")
+        roots[group.name] = roots[group.like] if group.like else group.name
+    return [replace(group, like=roots[group.name]) if group.like else group for group in groups]
 
 
 def largest_sparsity(meter: DamageMeter, order: Sequence[int], keep: float) -> tuple[float, dict[int, float]]:

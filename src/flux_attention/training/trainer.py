@@ -7,11 +7,13 @@ outside of its tree (`objective.AnswerObjective`). So no optimiser, checkpoint o
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +24,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES
+from flux_attention.data.corpus import fingerprint
+from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES, Sample
+from flux_attention.data.sample_set import checksum, digest, tokenizer_digest
+from flux_attention.data.tasks import get_task
 from flux_attention.models.adapter import save_adapter
 from flux_attention.models.controller import FluxAttention
 from flux_attention.training.checkpoints import begin_checkpoint, check_settings, check_weights, newest_checkpoint
-from flux_attention.training.data import Collator
-from flux_attention.training.features import collate_features
+from flux_attention.training.data import Collator, MixtureDataset, RouterDataset
+from flux_attention.training.features import FeatureDataset, collate_features
 from flux_attention.training.objective import AnswerObjective, DamageObjective, Multipliers
 from flux_attention.training.parallel import first_ranks
 from flux_attention.training.schedules import temperature, warmup, warmup_cosine
@@ -169,6 +174,39 @@ class _Project(TrainerCallback):
         self._multipliers.project()
 
 
+def dataset_key(dataset: Any) -> str | None:
+    """What tells a dataset's samples from others as many; None for a dataset of a kind unknown here.
+
+    A mixture makes its samples when asked for, so that its settings stand for them.
+    """
+    if isinstance(dataset, RouterDataset):
+        return digest(_samples_key(dataset.samples))
+    if isinstance(dataset, MixtureDataset):
+        mixture = dataset.mixture
+        return digest(
+            {
+                "tasks": [get_task(task).name for task in mixture.tasks],
+                "lengths": [mixture.lengths, mixture.length_weights],
+                "weights": [dict(mixture.class_weights), dict(mixture.task_weights)],
+                "draws": [mixture.seed, mixture.split, mixture.block, mixture.extra_share],
+                "extra": _samples_key(mixture.extra),
+                "tokenizer": tokenizer_digest(dataset.tokenizer),
+                "texts": fingerprint(),
+            }
+        )
+    if isinstance(dataset, FeatureDataset):
+        found = hashlib.sha256()
+        for tensor in (dataset.pooled, dataset.target, dataset.class_index):
+            found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+    return None
+
+
+def _samples_key(samples: Sequence[Sample]) -> list[tuple[str, int]]:
+    # The class says which target Ω the tokens are held to.
+    return [(sample.task_class, checksum(sample)) for sample in samples]
+
+
 class RouterTrainer(Trainer):
     """transformers' Trainer for a router.
 
@@ -180,6 +218,8 @@ class RouterTrainer(Trainer):
         report_to: "tensorboard", "wandb", …
         progress: show the progress bar.
         callbacks: of transformers.
+        data_key: what tells the data from other data when a run is resumed; by default `dataset_key`, which knows
+            `RouterDataset`, `MixtureDataset` and `FeatureDataset`. Other datasets without a key are told by size alone.
 
     `train(resume_from_checkpoint=…)` continues to the same numbers: τ and learning rates follow from the step, and
     noise from (seed, step, pass), whatever else drew random numbers in between.
@@ -198,8 +238,10 @@ class RouterTrainer(Trainer):
         report_to: Sequence[str] = (),
         progress: bool = True,
         callbacks: Sequence[TrainerCallback] = (),
+        data_key: str | None = None,
     ) -> None:
         self.flux_controller, self.flux_config = controller, config
+        self._given_key = data_key
         # No gradient is wanted here, and computing one would take the memory of a full fine-tuning.
         controller.model.requires_grad_(False)
         device = controller.device
@@ -362,9 +404,14 @@ class RouterTrainer(Trainer):
         for name in ("logging_steps", "save_steps"):
             values.pop(name)
         per_step = self._place()[0] * values.pop("batch_size") * accumulation
-        data = {"samples_per_step": per_step, "samples": len(self.train_dataset)}
+        data = {"samples_per_step": per_step, "samples": len(self.train_dataset), "data": self._dataset_key}
         adapter = {f"adapter.{name}": value for name, value in self.flux_controller.config.to_dict().items()}
         return {**values, **data, **adapter}
+
+    @cached_property
+    def _dataset_key(self) -> str | None:
+        # Once a run: every checkpoint asks for it.
+        return dataset_key(self.train_dataset) if self._given_key is None else self._given_key
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """The Trainer's `train`; `True` resumes from the newest checkpoint that is complete.

@@ -42,6 +42,8 @@ def demo(
         if loaded is None:
             loaded = find_adapter(backbone)
     console.print(f"[bold]{backbone.config.name_or_path}[/bold] with adapter [bold]{loaded.source}[/bold]")
+    # A folder that cannot be written is said before the work, not after.
+    out.mkdir(parents=True, exist_ok=True)
     run_demo(
         backbone,
         tokenizer,

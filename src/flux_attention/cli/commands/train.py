@@ -18,9 +18,7 @@ def train(
         typer.Option("--data", help="Rows {context, question, answer, task}: .jsonl, .parquet or a Hub data set."),
     ] = None,
     data_share: Annotated[float, typer.Option("--data-share", help="Share of the samples drawn from --data.")] = 0.5,
-    lengths: Annotated[
-        str, typer.Option("--lengths", help="Tokens of the built-in tasks' samples.")
-    ] = "1536,2048,4096",
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of the built-in tasks' samples.")] = "3072,4096",
     objective: Annotated[str, typer.Option("--objective", help="lm, or distill (KL to the dense model).")] = "distill",
     retrieval_target: Annotated[float, typer.Option("--retrieval-target", help="Ω of retrieval prompts.")] = 0.7,
     holistic_target: Annotated[float, typer.Option("--holistic-target", help="Ω of holistic prompts.")] = 1.0,
@@ -59,6 +57,12 @@ def train(
         sparse_mode=sparse_mode,
         router_input=router_input,  # type: ignore[arg-type]
     )
+    alike = sink_tokens + window_tokens
+    if min(tokens) <= alike:
+        raise ValueError(
+            f"--lengths {min(tokens)}: up to {alike} tokens (sinks and window) a sparse layer sees what a full one "
+            "does, and a router learns nothing from such samples; use longer ones or a smaller --window-tokens"
+        )
     recipe = TrainConfig(
         objective=objective,  # type: ignore[arg-type]
         targets={RETRIEVAL: retrieval_target, HOLISTIC: holistic_target},
@@ -92,8 +96,10 @@ def train(
         for task in mixture.tasks:
             # One of each: a length too short for a task is said now, not in the middle of the run.
             make_sample(task, 0, min(tokens), seed, mixture.split, tokenizer)
+    # A folder that cannot be written is said before the work, too.
+    out.mkdir(parents=True, exist_ok=True)
     samples = MixtureDataset(mixture, tokenizer, steps * batch_size * accumulation)
     trainer = RouterTrainer(controller, recipe, samples, runs, report_to=() if report_to == "none" else (report_to,))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_adapter(out)
-    notes.print(f"adapter: [bold]{out}[/bold]   try it: flux-attn eval --suite quick --adapter {out}")
+    notes.print(f"adapter: [bold]{out}[/bold]   try it: flux-attn eval --suite needle -n 20 --adapter {out}")

@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+#: What an adapter settles itself.
+_OF_THE_ADAPTER = ("router_input", "sparse_mode", "sink_tokens", "window_tokens")
+
 
 def train_packs(
+    context: typer.Context,
     data: Annotated[Path, typer.Argument(help="Folder that `flux-attn data build` made.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the backbone.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the adapter.")],
@@ -29,7 +33,7 @@ def train_packs(
     sparse_mode: Annotated[str, typer.Option("--sparse-mode", help="streaming, triangle or xattention.")] = "streaming",
     sink_tokens: Annotated[int, typer.Option("--sink-tokens", help="First tokens that a sparse layer keeps.")] = 128,
     window_tokens: Annotated[int, typer.Option("--window-tokens", help="Latest tokens that it keeps.")] = 2048,
-    start: Annotated[str | None, typer.Option("--start", help="Adapter to go on from.")] = None,
+    start: Annotated[str | None, typer.Option("--start", help="Adapter to go on from, as it is.")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Keep the layers' inputs in the host's memory.")] = False,
     shard: Annotated[bool, typer.Option("--shard", help="Shard the frozen backbone over the ranks (FSDP2).")] = False,
     sequence_parallel: Annotated[int, typer.Option("--sequence-parallel", help="Ranks that share a pack.")] = 1,
@@ -48,6 +52,11 @@ def train_packs(
     from flux_attention.training.launch import PackRun, run
     from flux_attention.training.scale import ScaleConfig
 
+    # A default is not asked for: the adapter's own settings are kept without a word.
+    given = [name for name in _OF_THE_ADAPTER if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"]
+    if start is not None and given:
+        named = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"--start {start} goes on with the adapter's own settings: leave out {named}")
     quiet()
     plan = PackRun(
         model=model,

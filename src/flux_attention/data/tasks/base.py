@@ -6,7 +6,8 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from flux_attention.data.corpus import SPLITS
 from flux_attention.data.prompt import Draft, fit
@@ -29,12 +30,18 @@ class Task(ABC):
     metric: str = "string_match_all"
     held_out: bool = False
     teacher_forced: bool = field(default=True)
+    #: Goes up when earlier samples turn out wrong: files that hold them are then not used any more.
+    revision: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.task_class not in TASK_CLASSES:
             raise ValueError(f"task {self.name!r}: task_class must be one of {TASK_CLASSES}, got {self.task_class!r}")
         if self.metric not in METRICS:
             raise ValueError(f"task {self.name!r}: metric must be one of {METRICS}, got {self.metric!r}")
+
+    def files(self) -> tuple[Path, ...]:
+        """Files that the samples are made from."""
+        return ()
 
     @abstractmethod
     def sample(self, rng: random.Random, tokenizer: Any, length: int, split: str) -> Sample:

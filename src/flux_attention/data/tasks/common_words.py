@@ -32,6 +32,9 @@ _ITEMS_TEST = (
     ),
 )
 
+#: Least ratio of common to rare repetitions in long lists; small enough to leave lists of up to 5,000 items alone.
+_LEAD = 3
+
 
 def _numbers(rng: random.Random, count: int) -> list[str]:
     return [str(number) for number in rng.sample(range(1000, 100_000), count)]
@@ -48,6 +51,9 @@ def _codes(rng: random.Random, count: int) -> list[str]:
 @dataclass(frozen=True, kw_only=True)
 class CommonWords(TextTask):
     """`common` items `common_times` each among items that come `rare_times` each, shuffled.
+
+    Lists that are too long for `rare_times` repeat the rare items more often, and where those come near, the common
+    ones too: they stay about `_LEAD` times as frequent.
 
     Their order in the answer is free, hence no teacher-forced accuracy. Items: "words" in a numbered list, as the
     original has them, "numbers" or "codes" without numbers before them.
@@ -66,7 +72,9 @@ class CommonWords(TextTask):
             raise ValueError(f"task {self.name!r}: items must be words, numbers or codes, got {self.items!r}")
 
     def sizes(self, length: int) -> tuple[int, int]:
-        return self.common, max(self.common, (length - 150) // 5)
+        # A shorter list has no room for every common item.
+        least = self.common * (self.rare_times + 1)
+        return least, max(least, (length - 150) // 5)
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         words = self.items == "words"
@@ -82,7 +90,8 @@ class CommonWords(TextTask):
         common, rare = pool[: self.common], pool[self.common :]
         # Short lists keep the ratio of common to rare repetitions instead of the counts.
         times = min(self.common_times, max(self.rare_times + 1, size // (2 * self.common)))
-        listed = [word for word in common for _ in range(times)][:size]
+        times = max(times, _LEAD * size // (len(rare) + _LEAD * self.common))
+        listed = [word for word in common for _ in range(times)]
         rest = size - len(listed)
         each = max(1, min(self.rare_times, times // 4))
         listed += [rare[i // each % len(rare)] for i in range(rest)]

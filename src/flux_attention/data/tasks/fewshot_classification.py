@@ -136,7 +136,6 @@ class FewShotClassification(TextTask):
     """One theme's texts with labels.
 
     Args:
-        arbitrary: swap the labels for words that only the examples explain.
         in_reply: examples that the reply starts with: broken by the turn's end, a small model loses the pattern.
         scored: labels asked for; those before the last belong to examples that the ones behind them see.
     """
@@ -144,7 +143,6 @@ class FewShotClassification(TextTask):
     task_class: str = HOLISTIC
     metric: str = "exact_match"
     theme: str = "topic"
-    arbitrary: bool = False
     in_reply: int = 4
     scored: int = 1
 
@@ -159,22 +157,17 @@ class FewShotClassification(TextTask):
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         (intro, form), index = choose(rng, split, _TRAIN, _TEST)
         labels = tuple(_THEMES[self.theme])
-        shown = dict(zip(labels, labels, strict=True))
-        if self.arbitrary:
-            names = ["red", "blue", "green", "orange", "black", "white"]
-            rng.shuffle(names)
-            shown = dict(zip(labels, names, strict=False))
         asked = [self._text(rng, rng.choice(labels)) for _ in range(self.scored)]
         examples: list[str] = []
         while len(examples) < size:
             text, label = self._text(rng, rng.choice(labels))
             if all(text != other for other, _ in asked):
-                examples.append(form.format(text=text, label=shown[label]))
+                examples.append(form.format(text=text, label=label))
         open_forms = [form.format(text=text, label="").rstrip() for text, _ in asked]
         user = "\n\n".join((intro, *examples[: -self.in_reply]))
         prefix = "\n\n".join((*examples[-self.in_reply :], open_forms[0]))
         meta = {"phrasing": index, "examples": size, "theme": self.theme}
-        answers = tuple(shown[label] for _, label in asked)
+        answers = tuple(label for _, label in asked)
         return Draft(user, prefix, answers, separator=tuple("\n\n" + text for text in open_forms[1:]), meta=meta)
 
     def _text(self, rng: random.Random, label: str) -> tuple[str, str]:

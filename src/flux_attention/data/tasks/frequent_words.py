@@ -26,6 +26,8 @@ _TRAIN = (
         "The three most frequent words are:",
     ),
 )
+#: Words that every phrasing asks for.
+_ASKED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +53,15 @@ class FrequentWords(TextTask):
         weights = [(rank + 1) ** -self.alpha for rank in range(self.vocabulary + 1)]
         # Exact shares, not draws: the answer is then the same at every length.
         shares = [weight / sum(weights) for weight in weights]
-        listed = [("....", *coded)[rank] for rank, share in enumerate(shares) for _ in range(round(share * size))]
+        times = [round(share * size) for share in shares]
+        # Rounding must not make a rank that is asked for, or the one behind them, as frequent as the one before it.
+        for rank in range(2, _ASKED + 1):
+            times[rank] = min(times[rank], times[rank - 1] - 1)
+        times[_ASKED + 1 :] = [min(count, times[_ASKED] - 1) for count in times[_ASKED + 1 :]]
+        listed = [word for word, count in zip(("....", *coded), times, strict=True) for _ in range(count)]
         listed += ["...."] * (size - len(listed))
         rng.shuffle(listed)
         counts = Counter(word for word in listed if word != "....")
-        top = tuple(coded[:3])
+        top = tuple(coded[:_ASKED])
         meta = {"phrasing": index, "counts": [counts[word] for word in top]}
         return Draft("\n".join((intro, " ".join(listed), question)), prefix, top, meta=meta)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flux_attention.data.prompt import Draft, encode, encode_text
+from flux_attention.data.prompt import Draft, check_text, encode, encode_text
 from flux_attention.data.sample import HOLISTIC, Sample
 from flux_attention.data.tasks.base import Task
 
@@ -56,9 +56,12 @@ def _read_version(path: str, question: str, solution: str, changed: int) -> tupl
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, row {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, row {number}: expected an object with fields, got {type(row).__name__}")
             for field in (question, solution):
                 if not isinstance(row.get(field), str):
                     raise ValueError(f"{path}, row {number}: field {field!r} is missing or no string")
+                check_text(row[field], f"{path}, row {number}: field {field!r}")
             rows.append((row[question].strip(), row[solution].strip()))
     if not rows:
         raise ValueError(f"{path}: no rows")
@@ -107,6 +110,9 @@ class MathProblems(Task):
                 raise FileNotFoundError(f"task {self.name!r}: no such JSONL file: {path}")
         object.__setattr__(self, "metric", _KINDS[self.kind][2])
         super().__post_init__()
+
+    def files(self) -> tuple[Path, ...]:
+        return tuple(Path(path) for path in (self.path, self.shots_path) if path is not None)
 
     def sample(self, rng: random.Random, tokenizer: Any, length: int, split: str) -> Sample:
         self._check(length, split)

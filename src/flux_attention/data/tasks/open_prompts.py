@@ -11,8 +11,9 @@ import random
 import re
 import textwrap
 from dataclasses import dataclass
+from typing import ClassVar
 
-from flux_attention.data.corpus import documents, haystack, joiner
+from flux_attention.data.corpus import cut, documents, joiner, window
 from flux_attention.data.prompt import Draft
 from flux_attention.data.sample import HOLISTIC
 from flux_attention.data.styles import restyle, wrap_document
@@ -104,6 +105,31 @@ def _place(rng: random.Random, split: str, instruction: str, text: str) -> str:
     return f"{instruction}\n\n{text}\n\n{instruction}"
 
 
+def _lead(text: str) -> tuple[str, str]:
+    """The first paragraph of prose, in one line, and what follows it.
+
+    Texts without blank lines have a paragraph a line, others break their paragraphs.
+    """
+    lines = text.split("\n")
+    long = (i for i, line in enumerate(lines) if len(line) >= 60 and _PROSE.search(line))
+    # Badges and pictures open many descriptions and say nothing.
+    first = next((i for i in long if not lines[i].lstrip().startswith(("<", "[!"))), 0)
+    last = first
+    if any(not line.strip() for line in lines):
+        while first > 0 and lines[first - 1].strip():
+            first -= 1
+        while last + 1 < len(lines) and lines[last + 1].strip():
+            last += 1
+    return " ".join(" ".join(lines[first : last + 1]).split()), "\n".join(lines[last + 1 :])
+
+
+def _without(text: str, *passages: str) -> str:
+    """`text` without any of the passages, however it breaks their lines."""
+    for passage in passages:
+        text = re.sub(r"\s+".join(map(re.escape, passage.split())), "", text)
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenTask(TextTask):
     """What the tasks of this file share.
@@ -123,9 +149,10 @@ class OpenTask(TextTask):
     def source(self, rng: random.Random, split: str) -> str:
         return self.test_source if split == "test" else rng.choice(self.sources)
 
-    def pieces(self, rng: random.Random, source: str, split: str, size: int) -> list[str]:
-        """Sentences or lines of a text of `size` characters."""
-        return [piece.strip() for piece in haystack(source, split, rng, size) if piece.strip()]
+    def pieces(self, rng: random.Random, source: str, split: str, size: int) -> tuple[list[str], str]:
+        """Sentences or lines of a text of `size` characters, and the document that it ends in."""
+        found = window(source, split, rng, size + 200)
+        return [piece.strip() for piece in cut(found.text, source, size) if piece.strip()], found.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +163,7 @@ class OpenQuestion(OpenTask):
 
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         source = self.source(rng, split)
-        pieces = self.pieces(rng, source, split, size)
+        pieces, name = self.pieces(rng, source, split, size)
         text = joiner(source).join(pieces)
         # Asked about: a sentence, from a random one on, with a term that stands nowhere else.
         start = rng.randrange(len(pieces))
@@ -151,7 +178,7 @@ class OpenQuestion(OpenTask):
             term_question(rng, term) if split == "train" else rng.choice(_QUESTIONS_TEST).format(term=f'"{term}"')
         )
         user = _place(rng, split, question, _document(rng, source, split, pieces, i))
-        meta = {"source": source, "depth": round(i / max(1, len(pieces) - 1), 3)}
+        meta = {"source": source, "document": name, "depth": round(i / max(1, len(pieces) - 1), 3)}
         return Draft(user, "", (pieces[i][:400],), meta=meta)
 
 
@@ -172,11 +199,12 @@ class OpenFact(OpenTask):
         else:
             sentence, questions = rng.choice(_FACTS_TEST)
             hidden = Fact(sentence, rng.choice(questions))
-        pieces = self.pieces(rng, source, split, size)
+        pieces, name = self.pieces(rng, source, split, size)
         (depth,) = spread(rng, pieces, [hidden.sentence])
         text = _document(rng, source, split, pieces, pieces.index(hidden.sentence))
         user = _place(rng, split, hidden.question, text)
-        return Draft(user, "", (hidden.sentence,), meta={"source": source, "depth": depth})
+        meta = {"source": source, "document": name, "depth": depth}
+        return Draft(user, "", (hidden.sentence,), meta=meta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +217,8 @@ class OpenRequest(OpenTask):
 
     task_class: str = HOLISTIC
     metric: str = "nll"
+    #: 1 left the answer in the prompt where a later document repeats it.
+    revision: ClassVar[int] = 2
     test_wordings: tuple[str, ...] = _REQUESTS_TEST
 
     def sizes(self, length: int) -> tuple[int, int]:
@@ -200,19 +230,19 @@ class OpenRequest(OpenTask):
         found = documents(source, split)
         at = rng.randrange(len(found))
         name = found[at].name
-        lines = found[at].text.strip().split("\n")
-        lead = next((i for i, line in enumerate(lines) if len(line) >= 60 and _PROSE.search(line)), 0)
-        text = "\n".join(lines[lead + 1 :])
+        lead, text = _lead(found[at].text.strip())
+        answer = lead[:600].strip() or name
+        text = _without(text, lead, answer)
         # A short document is followed by others: the request is about all of them, and the lead stays a fair answer.
         while len(text) < size:
             at = (at + 1) % len(found)
-            text += "\n" + found[at].text
+            text = f"{text}\n{_without(found[at].text, lead, answer)}"
         text = text[:size].strip()
         if split == "train" and rng.random() < 0.7:
             # Lines of code are short: each as an entry of a log would be more log than code.
             text = restyle(rng, textwrap.wrap(text, 160))
         meta = {"source": source, "document": name}
-        return Draft(_place(rng, split, wording, text), "", (lines[lead][:600].strip() or name,), meta=meta)
+        return Draft(_place(rng, split, wording, text), "", (answer,), meta=meta)
 
 
 FREE_QUESTION = OpenFact(name="free_question", held_out=True, test_source="readmes")

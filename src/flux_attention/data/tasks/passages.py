@@ -6,18 +6,23 @@ import random
 from dataclasses import dataclass
 
 from flux_attention.data.corpus import documents
-from flux_attention.data.prompt import Draft
+from flux_attention.data.prompt import Draft, SizeLimitError
 from flux_attention.data.tasks.base import TextTask, choose
 
 _PARAGRAPH_CHARS = (250, 900)
 
 
 def paragraphs(source: str, split: str, rng: random.Random, count: int) -> list[str]:
-    """`count` distinct paragraphs of one source, in random order."""
+    """`count` distinct paragraphs of one source, in random order.
+
+    Raises SizeLimitError when there are fewer; its `most` is their number.
+    """
     low, high = _PARAGRAPH_CHARS
     pool = sorted({p for d in documents(source, split) for p in d.text.split("\n") if low <= len(p) <= high})
     if count > len(pool):
-        raise ValueError(f"text source {source!r} ({split}) has {len(pool)} paragraphs, {count} are needed")
+        raise SizeLimitError(
+            f"text source {source!r} ({split}) has {len(pool)} paragraphs, {count} are needed", len(pool)
+        )
     # A prefix of one permutation, so that more paragraphs keep the first ones.
     rng.shuffle(pool)
     return pool[:count]
@@ -98,8 +103,12 @@ class PassageCount(TextTask):
     def draft(self, rng: random.Random, size: int, split: str) -> Draft:
         (intro, question, prefix), index = choose(rng, split, _COUNT_TRAIN, _COUNT_TEST)
         source = self.test_haystack if split == "test" else rng.choice(self.haystacks)
-        unique = max(2, int(size * rng.uniform(0.4, 1.0)))
-        texts = paragraphs(source, split, rng, unique)
+        share = rng.uniform(0.4, 1.0)
+        unique = max(2, int(size * share))
+        try:
+            texts = paragraphs(source, split, rng, unique)
+        except SizeLimitError as error:
+            raise SizeLimitError(str(error), int(error.most / share)) from error
         listed = texts + [texts[rng.randrange(unique)] for _ in range(size - unique)]
         rng.shuffle(listed)
         body = "\n\n".join(f"Paragraph {i}: {text}" for i, text in enumerate(listed, 1))

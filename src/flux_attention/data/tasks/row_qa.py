@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from flux_attention.data import words
-from flux_attention.data.prompt import Draft
+from flux_attention.data.prompt import Draft, SizeLimitError
 from flux_attention.data.tasks.base import TextTask, choose
 from flux_attention.data.tasks.passages import paragraphs
 
@@ -55,7 +55,7 @@ class RowQA(TextTask):
         most = len(words.NAMES) * len(words.SURNAMES)
         count = size if self.people is None else self.people
         if count > most:
-            raise ValueError(f"task {self.name!r}: {count} rows need distinct names, there are {most}")
+            raise SizeLimitError(f"{count} rows need distinct names, there are {most}", most)
         # Where in the list the person stands must not depend on the list's size.
         depth = rng.random()
         rows = []
@@ -79,7 +79,10 @@ class RowQA(TextTask):
         asked = int(depth * size)
         row = rows[0]
         bodies, first = bodies[1:], bodies[0]
-        bodies += paragraphs(source, split, rng, size - count)
+        try:
+            bodies += paragraphs(source, split, rng, size - count)
+        except SizeLimitError as error:
+            raise SizeLimitError(str(error), error.most + count) from error
         rng.shuffle(bodies)
         bodies.insert(asked, first)
         texts = [f"Document {i}:\n{body}" for i, body in enumerate(bodies, 1)]
