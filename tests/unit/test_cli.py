@@ -123,7 +123,14 @@ def test_train_writes_an_adapter(run, places, tmp_path):
     where = ("--out", out, "--runs", tmp_path / "runs", "--data", rows, "--save-steps", 0)
     code, _, err = run("train", *places[:2], *places[4:], *settings, *where)
     assert code == 0, err
-    assert load_adapter(out).config.window_tokens == 128
+    assert load_adapter(out).config.window_tokens == 128 and "are longer than" not in err
+    long, empty = tmp_path / "long.jsonl", tmp_path / "empty.jsonl"
+    long.write_text(json.dumps({**row, "context": "The code is 7. " * 800}))
+    empty.write_text("")
+    for data, message, wanted in ((long, "1 of 1 rows are longer than 3000 tokens", 0), (empty, "holds no rows", 2)):
+        where = ("--out", tmp_path / "other", "--runs", tmp_path / "runs2", "--data", data, "--save-steps", 0)
+        code, _, err = run("train", *places[:2], *places[4:], *settings, *where)
+        assert code == wanted and message in " ".join(err.split())
     # The same seed gives the same router, another one another.
     found = [load_adapter(out).state]
     for seed in (0, 1):
@@ -195,7 +202,7 @@ def test_text_that_is_no_utf8_is_refused(run, monkeypatch):
     code, _, err = run("route", "-f", "-")
     assert code == 2 and "standard input is not UTF-8 text" in err
     code, _, err = run("route", "-p", b"caf\xe9".decode(errors="surrogateescape"))
-    assert code == 2 and "the prompt 'caf?' is not UTF-8 text" in err
+    assert code == 2 and "the prompt 'caf?' holds a byte that is not UTF-8 (0xE9, character 4)" in err
 
 
 BAD = [

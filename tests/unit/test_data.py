@@ -81,6 +81,10 @@ def test_bad_rows_name_row_and_field(tmp_path, tokenizer, row, message):
 def test_bad_files(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n{oops\n")
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"context": "caf\xe9", "question": "q", "answer": "a", "task": "qa"}\n')
+    with pytest.raises(ValueError, match=r"latin.jsonl, row 1: field 'context' holds a byte that is not UTF-8 \(0xE9"):
+        list(samples_from_rows(latin, tokenizer))
     with pytest.raises(ValueError, match="row 2: not JSON"):
         list(read_rows(path))
     path.write_text("[1]\n")
@@ -101,7 +105,9 @@ def test_task_classes_can_be_added(tmp_path, tokenizer):
 def test_overlong_rows(tmp_path, tokenizer):
     context = "".join(chr(ord("a") + i % 26) for i in range(400))
     path = write(tmp_path / "rows.jsonl", [{**GOOD, "context": context}])
+    (whole,) = samples_from_rows(path, tokenizer, RowFormat())
     (sample,) = samples_from_rows(path, tokenizer, RowFormat(max_length=101))
+    assert sample.meta["cut"] == len(whole) - len(sample) > 0 and "cut" not in whole.meta
     assert len(sample) <= 101
     text = tokenizer.decode(sample.prompt_ids)
     assert text.startswith("[" + context[:20])

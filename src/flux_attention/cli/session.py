@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from flux_attention.config import FluxConfig
-from flux_attention.data.prompt import chat_text, encode_text
+from flux_attention.data.prompt import chat_text, check_text, encode_text
 from flux_attention.models.adapter import Adapter, AdapterError, check_backbone, describe_backbone, load_adapter
 from flux_attention.models.adapter import shipped_adapters as shipped
 from flux_attention.models.attach import attach
@@ -147,9 +147,7 @@ def read_prompts(prompts: list[str] | None, files: list[Path] | None) -> list[tu
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from None
     for label, text in found:
-        # Bytes of a command line that are no UTF-8 come as lone surrogates, which no tokenizer takes.
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"the prompt {label.encode(errors='replace').decode()!r} is not UTF-8 text")
+        check_text(text, f"the prompt {label.encode(errors='replace').decode()!r}")
     if not found:
         raise ValueError("give a prompt: --prompt TEXT or --file FILE (- for standard input)")
     return found

@@ -47,12 +47,16 @@ class Encoded:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise ValueError naming `where` for a lone surrogate: JSON can spell one, and no tokenizer takes it."""
+    """Raise ValueError naming `where` for a lone surrogate, which no tokenizer takes: JSON can spell one, and Python
+    reads bytes that are not UTF-8 as such (`surrogateescape`)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        found = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"{where} holds half of a surrogate pair ({found}, character {error.start + 1})") from error
+        found = ord(text[error.start])
+        what = f"half of a surrogate pair (U+{found:04X}"
+        if 0xDC80 <= found <= 0xDCFF:
+            what = f"a byte that is not UTF-8 (0x{found - 0xDC00:02X}"
+        raise ValueError(f"{where} holds {what}, character {error.start + 1})") from None
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

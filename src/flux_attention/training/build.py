@@ -131,7 +131,8 @@ def build(
             "leave them out with --skip-bad"
         )
     if not samples:
-        raise StoreError(f"no sample is left: {len(bad)} bad rows, {dict(left_out)} left out")
+        reasons = "".join(f", {count} left out ({reason})" for reason, count in left_out.items())
+        raise StoreError(f"no sample is left: {len(bad)} bad rows{reasons or ', and no others'}")
     facts: dict[str, Any] = {"key": key, "made_of": made_of, "left_out": dict(left_out), "bad_rows": len(bad)}
     if pack_tokens is not None:
         lengths = [len(sample) for sample in samples]

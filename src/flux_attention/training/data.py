@@ -101,7 +101,8 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, numbered from 1."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    with open(path, encoding="utf-8") as file:
+    # Bytes that are no UTF-8 become lone surrogates, which the row that holds them is refused for.
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, line
@@ -122,7 +123,8 @@ def row_to_sample(row: Mapping[str, Any], tokenizer: Any, fmt: RowFormat, *, whe
     """One row as a chat prompt: context, blank line, question; the answer is the assistant's turn.
 
     Returns:
-        The sample, or None for a row that is too long under `overlong="skip"`.
+        The sample, or None for a row that is too long under `overlong="skip"`. Where the middle of the context was
+        dropped, `meta["cut"]` says how many tokens of prompt and answer are gone.
 
     Raises:
         ValueError: naming `where` (source and row number) and the field at fault.
@@ -151,6 +153,7 @@ def row_to_sample(row: Mapping[str, Any], tokenizer: Any, fmt: RowFormat, *, whe
         answer.append(int(tokenizer.eos_token_id))
     context = values[fmt.context]
     prompt = _prompt(tokenizer, context, values[fmt.question])
+    meta: dict[str, Any] = {"source": where}
     if fmt.max_length is not None and len(prompt) + len(answer) > fmt.max_length:
         if fmt.overlong == "skip":
             return None
@@ -159,7 +162,9 @@ def row_to_sample(row: Mapping[str, Any], tokenizer: Any, fmt: RowFormat, *, whe
                 f"{where}: {len(prompt) + len(answer)} tokens are more than max_length={fmt.max_length}; "
                 "set overlong to truncate or skip"
             )
+        whole = len(prompt)
         prompt = _truncated(tokenizer, context, values[fmt.question], fmt.max_length - len(answer), where)
+        meta["cut"] = whole - len(prompt)
     return Sample(
         task=task,
         task_class=task_class,
@@ -168,7 +173,7 @@ def row_to_sample(row: Mapping[str, Any], tokenizer: Any, fmt: RowFormat, *, whe
         answers=answers,
         metric="f1",
         spans=(span,),
-        meta={"source": where},
+        meta=meta,
     )
 
 

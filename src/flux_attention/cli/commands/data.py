@@ -27,7 +27,7 @@ Classes = Annotated[
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Most tokens of a document, answer included.")]
 Overlong = Annotated[str, typer.Option("--overlong", help="Longer documents: truncate (their middle), skip or error.")]
 Split = Annotated[str, typer.Option("--split", help="Of sets on the Hub.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Most documents of each source.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Most documents of each source.")]
 
 
 @app.command()

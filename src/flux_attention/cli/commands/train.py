@@ -92,6 +92,14 @@ def train(
             raise ValueError(f"--lengths {max(tokens)} is over the model's context of {context} tokens")
         if data is not None:
             rows = list(samples_from_rows(data, tokenizer, RowFormat(max_length=max(tokens))))
+            if not rows:
+                raise ValueError(f"--data {data} holds no rows")
+            cut = sum("cut" in row.meta for row in rows)
+            if cut:
+                notes.print(
+                    f"{cut} of {len(rows)} rows are longer than {max(tokens)} tokens, the largest of --lengths: the "
+                    "middle of their contexts is left out"
+                )
             mixture = Mixture(lengths=tokens, seed=seed, extra=rows, extra_share=data_share)
         for task in mixture.tasks:
             # One of each: a length too short for a task is said now, not in the middle of the run.
