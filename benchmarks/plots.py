@@ -156,10 +156,9 @@ def token_axis(axes: Any, lengths: list[int]) -> None:
 def save(figure: Any, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The same results give the same file.
-    with plt.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, metadata={"Date": None})
+    from flux_attention.report import save_image
+
+    save_image(figure, path)
     plt.close(figure)
     return path
 

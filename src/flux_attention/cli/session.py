@@ -136,16 +136,11 @@ def read_prompts(prompts: list[str] | None, files: list[Path] | None) -> list[tu
 
     found = [(" ".join(text.split())[:28], text) for text in prompts or []]
     for file in files or []:
-        if str(file) == "-":
-            try:
-                found.append(("stdin", sys.stdin.buffer.read().decode()))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"standard input is not UTF-8 text: {error}") from None
-            continue
+        piped = str(file) == "-"
         try:
-            found.append((file.name, file.read_text(encoding="utf-8")))
+            found.append(("stdin", sys.stdin.read()) if piped else (file.name, file.read_text(encoding="utf-8")))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+            raise ValueError(f"{'standard input' if piped else file} is not UTF-8 text: {error}") from None
     for label, text in found:
         check_text(text, f"the prompt {label.encode(errors='replace').decode()!r}")
     if not found:

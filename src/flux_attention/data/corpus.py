@@ -22,7 +22,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
-import json
 import platform
 import random
 import re
@@ -31,6 +30,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from flux_attention.data.jsonl import jsonl_rows
+from flux_attention.data.prompt import check_text
 
 SPLITS = ("train", "test")
 
@@ -216,17 +218,11 @@ def documents(source: str, split: str) -> tuple[Document, ...]:
 def read_jsonl_texts(path: str | Path, field: str = "text") -> tuple[Document, ...]:
     """Documents of a JSONL file, one object a line with the text under `field`."""
     found = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number}: not JSON ({error})") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise ValueError(f"{path}, row {number}: field {field!r} with a non-empty string is missing")
-            found.append(Document(f"{Path(path).name}:{number}", row[field].strip() + "\n"))
+    for number, row in jsonl_rows(Path(path)):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise ValueError(f"{path}, row {number}: field {field!r} with a non-empty string is missing")
+        check_text(row[field], f"{path}, row {number}: field {field!r}")
+        found.append(Document(f"{Path(path).name}:{number}", row[field].strip() + "\n"))
     if not found:
         raise ValueError(f"{path}: no rows")
     return tuple(found)

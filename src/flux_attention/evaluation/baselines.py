@@ -19,7 +19,7 @@ from torch import Tensor
 from flux_attention.data import Sample
 from flux_attention.data.progress import Progress
 from flux_attention.data.sample_set import checksum, digest
-from flux_attention.evaluation.entrants import columns_of
+from flux_attention.evaluation.entrants import columns_of, name_of
 from flux_attention.evaluation.outcomes import read_settings
 from flux_attention.evaluation.results import write_json
 from flux_attention.models.controller import FluxAttention
@@ -112,18 +112,14 @@ def head_scores(
         router = head_router(controller)
         router.load_state_dict(_kept(folder / "heads-routed", own, train, controller))
         with torch.no_grad():
-            return {_name(cell): router.p_full(pooled_heads(controller, some)).cpu() for cell, some in cells.items()}
+            return {name_of(cell): router.p_full(pooled_heads(controller, some)).cpu() for cell, some in cells.items()}
 
     found = _kept(folder / "heads-routes", {**own, "prompts": _prompts(cells)}, score, controller)
-    return {cell: found[_name(cell)] for cell in cells}
-
-
-def _name(cell: tuple[str, int]) -> str:
-    return f"{cell[0]}@{cell[1]}"
+    return {cell: found[name_of(cell)] for cell in cells}
 
 
 def _prompts(cells: Mapping[tuple[str, int], Sequence[Sample]]) -> str:
-    return digest({_name(cell): [checksum(sample) for sample in some] for cell, some in cells.items()})
+    return digest({name_of(cell): [checksum(sample) for sample in some] for cell, some in cells.items()})
 
 
 def _settings(samples: Sequence[Sample], training: HeadTraining) -> dict[str, Any]:
@@ -184,11 +180,11 @@ def router_scores(
                 for start in range(0, len(some), prompts):
                     route = controller.route([torch.tensor(s.prompt_ids) for s in some[start : start + prompts]])
                     parts.append(route.use_full.float() if route.p_full is None else route.p_full)
-                found[_name(cell)] = torch.cat(parts, 1)
+                found[name_of(cell)] = torch.cat(parts, 1)
         return found
 
     found = _kept(folder / "routes", settings, make, controller)
-    return {cell: found[_name(cell)] for cell in cells}
+    return {cell: found[name_of(cell)] for cell in cells}
 
 
 def inline_routes(
@@ -216,7 +212,7 @@ def inline_routes(
 
     def make() -> dict[str, Tensor]:
         with controller.using(None), torch.no_grad():
-            return {_name(cell): read(cells[cell]) for cell in progress(list(cells), len(cells), "inline routes")}
+            return {name_of(cell): read(cells[cell]) for cell in progress(list(cells), len(cells), "inline routes")}
 
     found = _kept(folder / "routes-inline", {**base, "version": VERSION, "samples": _prompts(cells)}, make, controller)
-    return {cell: columns_of(Route(found[_name(cell)])) for cell in cells}
+    return {cell: columns_of(Route(found[name_of(cell)])) for cell in cells}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flux_attention.config import FluxConfig
+from flux_attention.config import FluxConfig, RouterInput
 from flux_attention.data import HOLISTIC, RETRIEVAL, Sample, get_task
 from flux_attention.data.progress import Progress, tqdm_progress
 from flux_attention.evaluation import baselines
@@ -256,14 +257,19 @@ class Board:
             raise ValueError(f"the dense model scores below {LEAST_DENSE} on every task: there is nothing to compare")
         return cells
 
-    def _scores(self, adapter: Adapter, cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, torch.Tensor]:
-        adapter = Adapter(replace(adapter.config, router_input="probe"), adapter.state, adapter.source)
+    @contextmanager
+    def _routing(self, adapter: Adapter, router_input: RouterInput) -> Iterator[tuple[FluxAttention, dict[str, Any]]]:
+        """The model under an adapter that routes this way, and what determines its routes besides the prompts."""
+        adapter = replace(adapter, config=replace(adapter.config, router_input=router_input))
         controller = self.attach(adapter)
         try:
-            base = {**self._base(adapter.config), "router": adapter_digest(adapter)}
-            return baselines.router_scores(controller, cells, self.folder, base)
+            yield controller, {**self._base(adapter.config), "router": adapter_digest(adapter)}
         finally:
             detach(self.model)
+
+    def _scores(self, adapter: Adapter, cells: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, torch.Tensor]:
+        with self._routing(adapter, "probe") as (controller, base):
+            return baselines.router_scores(controller, cells, self.folder, base)
 
     def routers(self, cells: Mapping[Cell, Sequence[Sample]]) -> list[Entrant]:
         many = len(self.adapters) > 1
@@ -375,20 +381,10 @@ class Board:
         return found
 
     def _inline(self, few: Mapping[Cell, Sequence[Sample]]) -> dict[Cell, list[str]]:
-        adapter = self.adapters[0]
-        adapter = Adapter(replace(adapter.config, router_input="inline"), adapter.state, adapter.source)
-        controller = self.attach(adapter)
-        try:
+        with self._routing(self.adapters[0], "inline") as (controller, base):
             return baselines.inline_routes(
-                controller,
-                few,
-                self.folder,
-                {**self._base(adapter.config), "router": adapter_digest(adapter)},
-                batch_tokens=self.config.batch_tokens,
-                progress=self.progress,
+                controller, few, self.folder, base, batch_tokens=self.config.batch_tokens, progress=self.progress
             )
-        finally:
-            detach(self.model)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ class Entrant:
     matched: bool = False
 
 
+def name_of(cell: Cell) -> str:
+    return f"{cell[0]}@{cell[1]}"
+
+
 def columns_of(route: Route) -> list[str]:
     return [route.column(s) for s in range(route.num_sequences)]
 

@@ -281,18 +281,15 @@ def _free(routed: Cells, dense: Cells) -> list[Figure]:
     for (task, length), records in routed.items():
         name, reference = f"{task}_{length // 1024}k", dense[task, length]
         texts = [i if r.document is None else r.document for i, r in enumerate(records)]
-
-        def mean(suffix: str, values: list[float], unit: str, name: str = name, texts: Any = texts) -> Figure:
-            return Figure.of(f"{name}_{suffix}", clustered_mean(values, texts), unit)
-
-        figures.append(mean("sparsity", [r.sparsity for r in records], "share"))
+        found = [("sparsity", clustered_mean([r.sparsity for r in records], texts), "share")]
         if _losses(records):
-            ratio = clustered_ratio(_losses(records), _losses(reference), texts)
-            figures.append(Figure.of(f"{name}_nll_vs_dense", ratio, "ratio"))
-            figures.append(mean("nll_dense", _losses(reference), "nat"))
+            ours, theirs = _losses(records), _losses(reference)
+            found.append(("nll_vs_dense", clustered_ratio(ours, theirs, texts), "ratio"))
+            found.append(("nll_dense", clustered_mean(theirs, texts), "nat"))
         else:  # with --scoring generated
-            figures.append(mean("f1", _scores(records), "share"))
-            figures.append(mean("f1_dense", _scores(reference), "share"))
+            found.append(("f1", clustered_mean(_scores(records), texts), "share"))
+            found.append(("f1_dense", clustered_mean(_scores(reference), texts), "share"))
+        figures += [Figure.of(f"{name}_{what}", estimate, unit) for what, estimate, unit in found]
     return figures
 
 

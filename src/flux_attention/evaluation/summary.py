@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from flux_attention.data import HOLISTIC, RETRIEVAL, get_task
 from flux_attention.evaluation.board import BoardRun
-from flux_attention.evaluation.entrants import CURVES, STATIC, Cell
+from flux_attention.evaluation.entrants import CURVES, STATIC, Cell, name_of
 from flux_attention.evaluation.metrics import (
     Estimate,
     macro_difference,
@@ -97,10 +97,6 @@ class Summary:
 
 def _all_static(rows: Sequence[Row]) -> bool:
     return {row.family for row in rows if row.margin is not None} >= set(STATIC)
-
-
-def name_of(cell: Cell) -> str:
-    return f"{cell[0]}@{cell[1]}"
 
 
 def cell_scores(records: Records, dense: Records) -> Scores:

@@ -5,7 +5,6 @@ Shapes: `B` samples, `T` tokens of the longest one.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from flux_attention.data.jsonl import jsonl_rows
 from flux_attention.data.prompt import chat_text, check_text, encode_text
 from flux_attention.data.sample import HOLISTIC, RETRIEVAL, TASK_CLASSES, Sample
 from flux_attention.data.tasks import Task, get_task, make_sample, sample_seed, training_tasks
@@ -74,7 +74,7 @@ def read_rows(
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json") or (path.is_file() and path.suffix != ".parquet"):
-        yield from _read_jsonl(path)
+        yield from jsonl_rows(path)
         return
     try:
         from datasets import load_dataset
@@ -90,33 +90,6 @@ def read_rows(
         rows = load_dataset(str(source), subset, split=split, streaming=True)
     for number, row in enumerate(rows, 1):
         yield number, dict(row)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in jsonl_lines(path):
-        yield number, parse_line(line, f"{path}, row {number}")
-
-
-def jsonl_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, numbered from 1."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    # Bytes that are no UTF-8 become lone surrogates, which the row that holds them is refused for.
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
-
-
-def parse_line(line: str, where: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises ValueError naming `where`."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with fields, got {type(row).__name__}")
-    return row
 
 
 def row_to_sample(row: Mapping[str, Any], tokenizer: Any, fmt: RowFormat, *, where: str = "row") -> Sample | None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_attention.training.data import jsonl_lines, parse_line, read_rows
+from flux_attention.data.jsonl import jsonl_lines, parse_line
+from flux_attention.training.data import read_rows
 
 Convert = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 

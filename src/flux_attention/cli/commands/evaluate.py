@@ -76,8 +76,8 @@ def evaluate(
         raise ValueError("--record is for the suite as it is: leave out the dial and --scoring")
     if figure is not None and suite != "needle":
         raise ValueError(f"--figure is a map of needles, which the suite {suite!r} has none of: use --suite needle")
-    for place in [results] if record else []:
-        place.mkdir(parents=True, exist_ok=True)
+    if record:
+        results.mkdir(parents=True, exist_ok=True)
     from flux_attention.cli.session import Bars, open_session
     from flux_attention.cli.terminal import print_table
     from flux_attention.evaluation.runner import RunOptions

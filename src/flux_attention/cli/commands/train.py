@@ -57,7 +57,7 @@ def train(
         sparse_mode=sparse_mode,
         router_input=router_input,  # type: ignore[arg-type]
     )
-    alike = sink_tokens + window_tokens
+    alike = config.min_routed_tokens
     if min(tokens) <= alike:
         raise ValueError(
             f"--lengths {min(tokens)}: up to {alike} tokens (sinks and window) a sparse layer sees what a full one "

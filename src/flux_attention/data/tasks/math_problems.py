@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from flux_attention.data.jsonl import jsonl_rows
 from flux_attention.data.prompt import Draft, check_text, encode, encode_text
 from flux_attention.data.sample import HOLISTIC, Sample
 from flux_attention.data.tasks.base import Task
@@ -48,21 +48,12 @@ def _read(path: str, question: str, solution: str) -> tuple[tuple[str, str], ...
 @lru_cache(maxsize=8)
 def _read_version(path: str, question: str, solution: str, changed: int) -> tuple[tuple[str, str], ...]:
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {number}: expected an object with fields, got {type(row).__name__}")
-            for field in (question, solution):
-                if not isinstance(row.get(field), str):
-                    raise ValueError(f"{path}, row {number}: field {field!r} is missing or no string")
-                check_text(row[field], f"{path}, row {number}: field {field!r}")
-            rows.append((row[question].strip(), row[solution].strip()))
+    for number, row in jsonl_rows(Path(path)):
+        for field in (question, solution):
+            if not isinstance(row.get(field), str):
+                raise ValueError(f"{path}, row {number}: field {field!r} is missing or no string")
+            check_text(row[field], f"{path}, row {number}: field {field!r}")
+        rows.append((row[question].strip(), row[solution].strip()))
     if not rows:
         raise ValueError(f"{path}: no rows")
     return tuple(rows)
